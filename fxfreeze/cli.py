@@ -1,0 +1,231 @@
+"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`."""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fxfreeze import checkpoint, commands, data, zoo
+from fxfreeze.imports import ChoiceError
+from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
+from fxfreeze.task import prepare
+from fxfreeze.train import PRECISIONS
+
+DEFAULTS: dict[str, Any] = {
+    "model": "densenet-bc-8-16",
+    "data": "mnist5k",
+    "data_root": None,
+    "download": False,
+    "device": "auto",
+    "threads": None,
+    "seeds": 1,
+    "rows": None,
+    "row": "fxfreeze",
+    "block": 20,
+    "finetune": False,
+    "out": None,
+    "progress": True,
+    "save": None,
+    "resume": None,
+    **dataclasses.asdict(Settings()),
+}
+MISUSE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSE, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status: 0, 2 for what can't be done, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    given = vars(_parser().parse_args(arguments))
+    verb = given.pop("verb")
+    try:
+        return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
+    except ChoiceError as error:
+        print(f"fxfreeze {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISUSE
+
+
+def _run(verb: str, given: dict[str, Any], command: str) -> int:
+    state, about = checkpoint.load(given["resume"]) if "resume" in given else (None, {})
+    _agree(given, about)
+    options = argparse.Namespace(**{**DEFAULTS, **about, **given})
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    task = prepare(
+        options.model, options.data, root=options.data_root, download=options.download, device=options.device
+    )
+    out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if verb == "plan":
+        return commands.run_plan(task, settings, out=out)
+    if verb == "train":
+        return commands.run_train(
+            task,
+            settings,
+            row=options.row,
+            block=options.block,
+            save=options.save,
+            state=state,
+            progress=options.progress,
+        )
+    return commands.run_compare(
+        task,
+        settings,
+        rows=options.rows,
+        seeds=options.seeds,
+        block=options.block,
+        finetune=options.finetune,
+        out=out,
+        command=command,
+        progress=options.progress,
+    )
+
+
+def _agree(given: dict[str, Any], about: dict[str, Any]) -> None:
+    """A run goes on as what it was begun as."""
+    for key, value in about.items():
+        if given.get(key, value) != value:
+            option = f"--{key.replace('_', '-')}"
+            raise ChoiceError(
+                f"{option} {given[key]}: the checkpoint's run has {value}; leave the option out, or start anew"
+            )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fxfreeze", description="Progressive freezing by graph surgery for PyTorch.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"fxfreeze {version('fxfreeze')}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="compare|train|plan", parser_class=Parser)
+    compare = _verb(verbs, "compare", "train by several recipes, interleaved, and report which was worth its time")
+    train = _verb(verbs, "train", "train once, with --save and --resume")
+    plan = _verb(verbs, "plan", "what a schedule would save on a network, without training")
+    for verb in (compare, train, plan):
+        _add_task(verb)
+        _add_schedule(verb)
+    for verb in (compare, train):
+        _add_training(verb)
+    _add_compare(compare)
+    _add_train(train)
+    plan.add_argument("--out", type=Path, metavar="DIR", help="where the picture goes (default: runs/DATE-TIME)")
+    return parser
+
+
+def _verb(verbs: Any, name: str, about: str) -> argparse.ArgumentParser:
+    # Options that were not given are absent: a resumed run must tell them from those that equal a default.
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    return verb
+
+
+def _add_task(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("what is trained on what")
+    group.add_argument("--model", metavar="NAME", help=_with_default("model", f"one of {', '.join(zoo.FORMS)}"))
+    group.add_argument("--data", metavar="NAME", help=_with_default("data", f"one of {', '.join(data.FORMS)}"))
+    group.add_argument("--data-root", metavar="DIR", help="where the files of cifar10 and cifar100 are")
+    group.add_argument("--download", action="store_true", help="fetch them if they are missing")
+    group.add_argument("--device", metavar="NAME", help=_with_default("device", "cpu, cuda, cuda:1, ..."))
+    group.add_argument("--threads", type=_whole(1), metavar="N", help="CPU threads (default: torch's)")
+
+
+def _add_schedule(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("how long, and when units freeze")
+    group.add_argument("--epochs", type=_whole(1), metavar="N", help=_with_default("epochs", "of plain training"))
+    group.add_argument("--batch-size", type=_whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
+    group.add_argument(
+        "--how", choices=("linear", "squared", "cubic"), help=_with_default("how", "spacing of the freezes")
+    )
+    group.add_argument(
+        "--t0", type=_number(0, 1), metavar="T", help=_with_default("t0", "first freeze, before --how's power")
+    )
+    group.add_argument("--scale-lr", action="store_true", help="raise the rates of units that freeze early")
+    group.add_argument(
+        "--steps-scale",
+        type=_number(0),
+        metavar="X",
+        help=_with_default("steps_scale", "steps under FreezeOut per step of plain training"),
+    )
+    group.add_argument("--seed", type=_whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
+
+
+def _add_training(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("optimizer (SGD with Nesterov momentum)")
+    group.add_argument("--lr", type=_number(0), metavar="X", help=_with_default("lr", "learning rate at the start"))
+    group.add_argument("--momentum", type=_number(0, zero=True), metavar="X", help=_with_default("momentum", ""))
+    group.add_argument(
+        "--weight-decay", type=_number(0, zero=True), metavar="X", help=_with_default("weight_decay", "")
+    )
+    group.add_argument("--precision", choices=PRECISIONS, help=_with_default("precision", "of autocast; fp32: none"))
+    verb.add_argument(
+        "--block", type=_whole(1), metavar="N", help=_with_default("block", "steps of plain between turns")
+    )
+    verb.add_argument("--no-progress", dest="progress", action="store_false", help="show nothing while training")
+
+
+def _add_compare(verb: argparse.ArgumentParser) -> None:
+    rows = f"comma-separated (default: {','.join(FROM_SCRATCH)}; with --finetune {','.join(FINETUNE)})"
+    verb.add_argument("--rows", type=lambda text: text.split(","), metavar="ROWS", help=rows)
+    verb.add_argument(
+        "--seeds", type=_whole(1), metavar="K", help=_with_default("seeds", "repeat with --seed, --seed + 1, ...")
+    )
+    verb.add_argument(
+        "--finetune", action="store_true", help="pretrain on half of the classes, then compare on the other half"
+    )
+    verb.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (default: runs/DATE-TIME)")
+
+
+def _add_train(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--row", choices=FROM_SCRATCH[:3], help=_with_default("row", "by which recipe"))
+    verb.add_argument("--save", type=_file, metavar="PATH", help="checkpoint, at the end of epochs, the end and Ctrl-C")
+    verb.add_argument("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, as what it was begun as")
+
+
+def _with_default(name: str, about: str) -> str:
+    return f"{about} (default: {DEFAULTS[name]})".strip()
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _number(least: float, most: float = math.inf, *, zero: bool = False) -> Callable[[str], float]:
+    """Reads a finite number above `least` (or equal to it if `zero`) and up to `most`."""
+    limits = f"{'at least' if zero else 'above'} {least}" + (f" and up to {most}" if math.isfinite(most) else "")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > least or (zero and value == least)) and value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+        return value
+
+    return parse
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} can't be a file: name one in a folder that exists")
+    return path

@@ -1,0 +1,199 @@
+"""Contenders trained on the same seed and data in interleaved blocks of steps, so that machine noise hits all alike.
+
+plain-short comes last, since its length follows from the time that fxfreeze took. Short blocks of plain between its
+blocks measure how far the machine's speed has drifted since.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxfreeze.batches import Batches, Split
+from fxfreeze.model import compile
+from fxfreeze.recipes import Recipe, Settings, plain, plain_short
+from fxfreeze.schedule import FreezeOut
+from fxfreeze.train import Record, Run, logits_of, mark_eval
+
+WARM_UP_STEPS = 3
+PROBE_SHARE = 4  # plain-short trains this many steps for each one of the plain run that measures the drift
+
+
+class Watch(Protocol):
+    """Told how far a run is, between blocks and never within one: watching must not cost the watched."""
+
+    def __call__(self, name: str, run: Run) -> None: ...
+
+
+@dataclass(frozen=True)
+class Arena:
+    """What all contenders share: the splits, the settings (seed included), and the steps of a block of plain."""
+
+    train: Split
+    val: Split
+    test: Split
+    settings: Settings
+    block: int = 20
+
+    def batches(self) -> Batches:
+        return Batches(self.train, self.settings.batch_size, self.settings.seed)
+
+
+@dataclass
+class Row:
+    """What one contender did.
+
+    seconds: training alone, freeze events (`build_seconds`) included, evaluation not; plain-short's are corrected for
+    drift and `raw_seconds` are not. flops: of its steps, forward and backward, convolutions and matrix products.
+    rates: (step, each unit's learning rate), sampled. test: accuracy at the end; correct: [N] bool, by sample.
+    """
+
+    name: str
+    about: str
+    planned: int
+    steps: int
+    seconds: float
+    raw_seconds: float
+    build_seconds: float
+    evaluation_seconds: float
+    flops: float
+    record: Record
+    units: tuple[str, ...]
+    rates: list[tuple[int, list[float]]]
+    test: float
+    correct: Tensor = field(repr=False)
+
+
+@dataclass
+class Trial:
+    """One seed. drift: seconds of a plain step while plain-short ran, per second of one before; 1 without plain-short.
+
+    identical: plain-short's time per step over that of the plain steps between its blocks: equal code, so its distance
+    from 1 is the noise of this measurement. finished: every row that was asked for came to its end.
+    """
+
+    seed: int
+    rows: dict[str, Row]
+    finished: bool
+    drift: float = 1.0
+    identical: float | None = None
+
+
+def compare(
+    net: nn.Module, arena: Arena, recipes: Sequence[Recipe], *, short: bool, watch: Watch, stop: Callable[[], bool]
+) -> Trial:
+    """Trains a copy of `net` by each recipe, then plain-short if `short` (which needs plain and fxfreeze among them).
+
+    After `stop()` what was trained so far is scored and returned; rows that never took a step are left out.
+    """
+    warm_up(net, arena)
+    runs = {recipe.name: _run(net, recipe, arena) for recipe in recipes}
+    interleave(list(runs.values()), arena, watch, stop)
+    drift, identical = 1.0, None
+    if short and not stop():
+        step_seconds = _step_seconds(runs["plain"])
+        run = _run(net, plain_short(max(1, round(runs["fxfreeze"].record.seconds / step_seconds))), arena)
+        probe = _run(net, plain(run.recipe.steps), arena)
+        runs["plain-short"] = run
+        alternate(run, probe, arena, watch, stop)
+        if probe.step:
+            drift = _step_seconds(probe) / step_seconds
+            identical = _step_seconds(run) / _step_seconds(probe)
+    finished = all(run.done for run in runs.values()) and ("plain-short" in runs or not short)
+    runs = {name: run for name, run in runs.items() if run.step}
+    depths = {depth for run in runs.values() for depth in run.record.depths}
+    flops = step_flops(net, arena.train, arena.settings.batch_size, depths)
+    rows = {name: _row(run, arena, flops, drift if name == "plain-short" else 1.0) for name, run in runs.items()}
+    return Trial(arena.settings.seed, rows, finished, drift, identical)
+
+
+def interleave(runs: Sequence[Run], arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
+    """Trains all runs to their ends in rounds: `arena.block` steps of the shortest, as large a share of the others."""
+    rounds = math.ceil(min(run.recipe.steps for run in runs) / arena.block)
+    for done in range(1, rounds + 1):
+        turn = done % len(runs)  # each run is first in turn, and so is after each other one
+        for run in [*runs[turn:], *runs[:turn]]:
+            advance(run, round(run.recipe.steps * done / rounds), arena, watch, stop)
+
+
+def alternate(run: Run, probe: Run, arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
+    """Trains `run` to its end with short blocks of `probe` around its blocks."""
+    while not run.done and not stop():
+        probe.train(max(1, arena.block // PROBE_SHARE), stop)
+        advance(run, run.step + arena.block, arena, watch, stop)
+
+
+def advance(run: Run, target: int, arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
+    """Trains `run` to step `target`, scoring the validation split at the ends of epochs and of the run."""
+    target = min(target, run.recipe.steps)
+    epoch = run.batches.steps_per_epoch
+    while run.step < target and not stop():
+        run.train(min(target, (run.step // epoch + 1) * epoch) - run.step, stop)
+        if run.step and (run.step % epoch == 0 or run.done):
+            run.validate(arena.val)
+        watch(run.recipe.name, run)
+
+
+def warm_up(net: nn.Module, arena: Arena) -> None:
+    """Starts threads and fills the allocators before anything is timed."""
+    run = _run(net, plain(WARM_UP_STEPS), arena)
+    run.train(WARM_UP_STEPS)
+    run.evaluate(arena.val)
+
+
+def step_flops(net: nn.Module, split: Split, batch_size: int, depths: Iterable[int]) -> dict[int, int]:
+    """FLOPs of one training step at each depth, forward and backward, of convolutions and matrix products.
+
+    Counted by torch's counter on a copy, with two samples: the count is linear in the batch.
+    """
+    images, labels = split.images[:2], split.labels[:2]
+    model = compile(copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,))
+    counts = {}
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+        for depth in sorted(depths):
+            model.freeze(depth)
+            model.original.train()
+            mark_eval(model)
+            with FlopCounterMode(display=False) as counter:
+                loss = F.cross_entropy(logits_of(model.original(images)), labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+            counts[depth] = counter.get_total_flops() * batch_size // 2
+    return counts
+
+
+def _run(net: nn.Module, recipe: Recipe, arena: Arena) -> Run:
+    return Run(copy.deepcopy(net), recipe, arena.settings, arena.batches())
+
+
+def _step_seconds(run: Run) -> float:
+    return run.record.seconds / run.step
+
+
+def _row(run: Run, arena: Arena, flops: dict[int, int], drift: float) -> Row:
+    recipe, record = run.recipe, run.record
+    if not record.evaluations or record.evaluations[-1].step != run.step:  # stopped within an epoch
+        run.validate(arena.val)
+    score = run.evaluate(arena.test)
+    sampled = range(0, recipe.steps, max(1, recipe.steps // 200))
+    return Row(
+        name=recipe.name,
+        about=recipe.about,
+        planned=recipe.steps,
+        steps=run.step,
+        seconds=record.seconds / drift,
+        raw_seconds=record.seconds,
+        build_seconds=run.build_seconds,
+        evaluation_seconds=record.evaluation_seconds,
+        flops=float(sum(flops[depth] for depth in record.depths)),
+        record=record,
+        units=() if run.model is None else tuple(unit.name for unit in run.model.units),
+        rates=[(step, run.rates(step)) for step in sampled],
+        test=score.accuracy,
+        correct=score.correct,
+    )

@@ -1,0 +1,72 @@
+"""State derived from a frozen network, and the signs that it is out of date.
+
+It may be dropped at any time and is never saved; only the decisions outlive it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxfreeze.surgery import Decision, Surgery
+from fxfreeze.units import Ownership, Unit
+
+__all__ = ["Derived"]
+
+
+class Derived:
+    """Plans at the current depth, and lists that save walking the modules at each forward.
+
+    decisions: how each segment was decided to run.
+    """
+
+    def __init__(self, net: nn.Module, ownership: Ownership, precision: torch.dtype | None):
+        self.net = net
+        self.ownership = ownership
+        self.precision = precision
+        self.decisions: dict[tuple[int, int, str], Decision] = {}
+        self.surgery = Surgery(net, ownership, 0, precision, self.decisions)
+        self.start(0)
+
+    def start(self, depth: int) -> None:
+        """Forget everything derived; what is asked for next is made for ``depth``."""
+        frozen = self.ownership.units[:depth]
+        self.depth = depth
+        self.modules = list(self.net.modules())
+        self.frozen = [self.net.get_submodule(name) for unit in frozen for name in unit.modules]
+        self._slots = [slot for unit in frozen for slot in _slots(self.net, unit)]
+        self._seen: list[tuple[int, int, int]] = []
+        self.surgery = Surgery(self.net, self.ownership, depth, self.precision, self.decisions, self.surgery.seconds)
+
+    def current(self) -> Surgery:
+        """The plans: new ones if a frozen tensor is another, lies elsewhere, or was written into."""
+        tensors = [tensor for owner, name in self._slots if (tensor := owner[name]) is not None]
+        seen = [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+        if seen != self._seen:
+            self.start(self.depth)
+            self._seen = seen
+        return self.surgery
+
+    def assert_frozen(self) -> None:
+        """Frozen modules stay in eval, whatever the trainer's ``model.train()`` did."""
+        for module in self.frozen:
+            if module.training:
+                module.training = False
+
+    def modes(self) -> tuple[Any, ...]:
+        """Training flags and the number of hooks: what besides the inputs decides a trace."""
+        hooks = sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules])
+        return tuple([m.training for m in self.modules]), hooks
+
+
+def _slots(net: nn.Module, unit: Unit) -> list[tuple[dict[str, Any], str]]:
+    """Where a unit's tensors are kept, as (dictionary, key): read anew each time, for they may be replaced."""
+    slots: list[tuple[dict[str, Any], str]] = []
+    for name in unit.modules:
+        buffers: dict[str, Any] = net.get_submodule(name)._buffers
+        slots += [(buffers, key) for key in buffers]
+    for name in unit.parameters:
+        owner, _, key = name.rpartition(".")
+        parameters: dict[str, Any] = net.get_submodule(owner)._parameters
+        slots.append((parameters, key))
+    return slots

@@ -1,0 +1,159 @@
+"""The report as one self-contained HTML page: no script, no font, no picture from anywhere else."""
+
+import base64
+import dataclasses
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from string import Template
+
+from matplotlib.figure import Figure
+
+from fxfreeze import pictures
+from fxfreeze.checkpoint import replacing
+from fxfreeze.report import COLUMNS, Report, as_json, cells, notes, savings
+from fxfreeze.verdict import Summary, caution, summarise, verdict
+
+
+def write(report: Report, directory: Path) -> Path:
+    """Writes report.json and report.html into `directory`, each whole or not at all; the page's path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    page = directory / "report.html"
+    for path, text in ((directory / "report.json", as_json(report)), (page, as_html(report))):
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return page
+
+
+def as_html(report: Report) -> str:
+    """One page that needs nothing beside it."""
+    rows = summarise(report.trials)
+    return PAGE.substitute(
+        verdict=escape(verdict(report.trials)),
+        caution=escape(caution(report.trials)),
+        lead=escape(", ".join(f"{value}" for value in report.subject.values())),
+        head="".join(f"<th>{escape(column)}</th>" for column in COLUMNS),
+        body="".join(_html_row(summary) for summary in rows),
+        legend="".join(f"<dt>{_swatch(row.name)}{escape(row.name)}</dt><dd>{escape(row.about)}</dd>" for row in rows),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes(report)),
+        figures="".join(_html_figure(*figure) for figure in figures(report)),
+        facts="".join(_fact(key, value) for key, value in _facts(report)),
+        command=escape(report.command),
+    )
+
+
+def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
+    """(heading, caption, picture), those for which there are rows."""
+    first = report.shown[0]
+    yield (
+        "Accuracy against wall time",
+        "Higher and further left is better. plain-short is the rival that counts: it stops where fxfreeze stops.",
+        pictures.accuracy_against_time(report.shown),
+    )
+    stairs = [row for name, row in first.rows.items() if name != "plain-short"]
+    yield (
+        "The staircase",
+        f"Each freeze takes a unit out of the backward pass. Rows of seed {first.seed}.",
+        pictures.staircase(stairs),
+    )
+    scheduled = next((first.rows[name] for name in ("freezeout", "fxfreeze") if name in first.rows), None)
+    if scheduled is not None:
+        yield (
+            "Learning rates",
+            "Each unit's rate falls to zero at its own time, and there the unit freezes; the head's lasts to the end.",
+            pictures.learning_rates(scheduled),
+        )
+    bars = list(savings(report))
+    if len(bars) > 2:
+        yield (
+            "Saving per step, predicted and measured",
+            "Of a plain step's cost, averaged over the training. The prediction counts FLOPs, a backward pass as two "
+            "forward passes. A cache would spare the frozen forward too; this training had none.",
+            pictures.savings(bars),
+        )
+
+
+def _html_row(summary: Summary) -> str:
+    name, *rest = (escape(cell).replace(" ± ", "<br><small>± ") for cell in cells(summary))
+    kind = ' class="ours"' if summary.name == "fxfreeze" else ""
+    figures = "".join(f"<td>{cell}{'</small>' if '<small>' in cell else ''}</td>" for cell in rest)
+    return f'<tr{kind}><th scope="row">{_swatch(summary.name)}{name}</th>{figures}</tr>'
+
+
+def _swatch(name: str) -> str:
+    return f'<i style="background:{pictures.COLOURS[name]}"></i>'
+
+
+def _html_figure(heading: str, caption: str, figure: Figure) -> str:
+    # As an image of its own, a picture's element ids can't collide with another's.
+    data = base64.b64encode(pictures.as_svg(figure).encode()).decode()
+    return (
+        f"<section><h2>{escape(heading)}</h2><p>{escape(caption)}</p>"
+        f'<img alt="{escape(heading)}" src="data:image/svg+xml;base64,{data}"></section>'
+    )
+
+
+def _fact(key: str, value: str) -> str:
+    return f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>"
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    yield from report.environment.items()
+    for key, value in dataclasses.asdict(report.settings).items():
+        yield key.replace("_", " "), str(value)
+    if len(report.trials) > 1:
+        yield "seeds", ", ".join(str(trial.seed) for trial in report.trials)
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fxfreeze compare</title>
+<style>
+:root { color-scheme: light; --ink: #24241f; --soft: #6b6b63; --line: #e4e4de; --accent: #d55e00; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f6f2; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1020px; margin: 0 auto; padding: 48px 24px 72px; }
+header p.lead { margin: 0 0 10px; }
+h1 { font-size: 24px; line-height: 1.4; font-weight: 640; margin: 0 0 10px; text-wrap: pretty; }
+header p { color: var(--soft); margin: 0 0 28px; font-size: 15px; }
+h2 { font-size: 18px; margin: 0 0 4px; font-weight: 640; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 22px 24px; margin: 0 0 20px; }
+section > p { color: var(--soft); margin: 0 0 14px; font-size: 15px; text-wrap: pretty; }
+img { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 8px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 500; font-size: 13.5px; }
+th:first-child { text-align: left; padding-left: 0; }
+tbody th { font-weight: 500; }
+tr.ours th, tr.ours td { font-weight: 680; }
+small { color: var(--soft); font-weight: 400; }
+tbody tr:last-child > * { border-bottom: 0; }
+i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 9px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 22px; margin: 0; font-size: 15px; }
+dt { color: var(--ink); white-space: nowrap; } dd { margin: 0; color: var(--soft); }
+dl.facts { grid-template-columns: repeat(2, max-content 1fr); font-size: 14px; }
+dl.facts dt { color: var(--soft); } dl.facts dd { color: var(--ink); }
+ul { margin: 18px 0 0; padding: 16px 0 0 18px; border-top: 1px solid var(--line); }
+ul li { color: var(--soft); font-size: 14px; }
+li { margin: 3px 0; }
+pre { background: #f6f6f2; border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 18px 0 0; }
+pre { font-size: 13.5px; }
+@media (max-width: 720px) { dl.facts { grid-template-columns: max-content 1fr; } main { padding: 24px 14px; } }
+</style>
+</head>
+<body>
+<main>
+<header><p class="lead">fxfreeze compare · $lead</p><h1>$verdict</h1><p>$caution</p></header>
+<section><div class="scroll"><table><thead><tr>$head</tr></thead><tbody>$body</tbody></table></div>
+<ul>$notes</ul></section>
+<section><h2>The rows</h2><dl>$legend</dl></section>
+$figures
+<section><h2>How to repeat it</h2><dl class="facts">$facts</dl><pre>$command</pre></section>
+</main>
+</body>
+</html>
+""")

@@ -1,0 +1,147 @@
+"""The pictures of a report, each a matplotlib figure drawn from the rows of one or more trials."""
+
+import io
+import statistics
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fxfreeze.compare import Row, Trial
+
+# Okabe and Ito's palette: told apart by colour-blind readers, and dark enough for thin lines on white.
+COLOURS = {
+    "plain": "#444444",
+    "freezeout": "#0072B2",
+    "fxfreeze": "#D55E00",
+    "plain-short": "#009E73",
+    "by-hand": "#CC79A7",
+}
+MARKERS = {"plain": "s", "freezeout": "^", "fxfreeze": "o", "plain-short": "D", "by-hand": "v"}
+INK, GRID = "#333333", "#e4e4e0"
+SMOOTHING_STEPS = 15
+
+
+def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
+    """Validation accuracy over training seconds, a curve per row and seed, and the test accuracy where each ends."""
+    figure, (curves, ends) = _figure(4.2, columns=2, ratios=(3, 2))
+    for trial in trials:
+        for name, row in trial.rows.items():
+            drift = row.raw_seconds / row.seconds
+            seconds = [evaluation.seconds / drift for evaluation in row.record.evaluations]
+            values = [evaluation.accuracy for evaluation in row.record.evaluations]
+            colour, marker = COLOURS[name], MARKERS[name]
+            label = name if trial is trials[0] else None
+            curves.plot(seconds, values, color=colour, linewidth=1.6, label=label, marker=marker, markevery=[-1], ms=7)
+            ends.plot(row.seconds, row.test, color=colour, marker=marker, ms=8, linestyle="", alpha=0.85)
+    last = [
+        evaluation.accuracy for trial in trials for row in trial.rows.values() for evaluation in row.record.evaluations
+    ]
+    curves.set_ylim(bottom=max(0.0, statistics.quantiles(last, n=10)[0] - 0.05) if len(last) > 1 else 0.0)
+    curves.set_title("Validation accuracy while training", loc="left")
+    ends.set_title("Test accuracy at the end", loc="left")
+    for axes in (curves, ends):
+        axes.set_xlabel("training time, seconds (evaluation excluded)")
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    ends.margins(y=0.3)
+    curves.legend(loc="lower right", frameon=False)
+    return figure
+
+
+def staircase(rows: Sequence[Row]) -> Figure:
+    """Time of an iteration over the steps of each row, above the number of units that the freezing rows have frozen."""
+    figure, (times, depths) = _figure(5.2, rows=2, ratios=(3, 2), sharex=True)
+    for row in rows:
+        smooth = [value * 1e3 for value in running_median(row.record.step_seconds)]
+        times.plot(smooth, color=COLOURS[row.name], linewidth=1.4, label=row.name)
+        if row.units:
+            style = "--" if row.name == "fxfreeze" else "-"
+            depths.step(
+                range(row.steps), row.record.depths, where="post", color=COLOURS[row.name], label=row.name, ls=style
+            )
+    times.set_title(f"Time of an iteration, milliseconds (running median of {SMOOTHING_STEPS} steps)", loc="left")
+    ordinary = sorted(value * 1e3 for row in rows for value in row.record.step_seconds)
+    times.set_ylim(0, 1.2 * ordinary[int(0.98 * (len(ordinary) - 1))])  # a machine that stood still for once
+    times.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=len(rows))
+    depths.set_title("Units frozen", loc="left")
+    depths.yaxis.set_major_locator(MaxNLocator(integer=True))
+    depths.set_xlabel("step")
+    depths.set_xlim(left=0)
+    return figure
+
+
+def learning_rates(row: Row) -> Figure:
+    """Each unit's learning rate over the steps of `row`."""
+    figure, (axes,) = _figure(3.6)
+    steps = [step for step, _ in row.rates]
+    colours = ScalarMappable(Normalize(0, max(1, len(row.units) - 1)), "viridis_r")
+    for index in range(len(row.units)):
+        axes.plot(
+            steps, [rates[index] for _, rates in row.rates], color=colours.cmap(colours.norm(index)), linewidth=1.5
+        )
+    bar = figure.colorbar(colours, ax=axes, pad=0.02, aspect=15)
+    bar.set_ticks([0, len(row.units) - 1], labels=[f"first: {row.units[0]}", f"head: {row.units[-1]}"])
+    bar.outline.set_visible(False)
+    axes.set_title(f"Learning rate of each of the {len(row.units)} units ({row.name})", loc="left")
+    axes.set_xlabel("step")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def savings(figures: Sequence[tuple[str, float, str]]) -> Figure:
+    """Bars of (label, share of plain training's cost per step that is saved, colour)."""
+    figure, (axes,) = _figure(0.9 + 0.42 * len(figures))
+    labels = [label for label, _, _ in figures]
+    values = [value for _, value, _ in figures]
+    bars = axes.barh(labels, values, color=[colour for _, _, colour in figures], height=0.62)
+    axes.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=4, color=INK)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xlim(min(0.0, *values) - (0.08 if min(values) < 0 else 0), max(0.05, *values) * 1.15)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_title("Saved of a plain step, mean over the training", loc="left")
+    return figure
+
+
+def running_median(values: Sequence[float]) -> list[float]:
+    """Medians of windows of `SMOOTHING_STEPS`, cut at the ends: a hiccup of the machine leaves no spike."""
+    half = SMOOTHING_STEPS // 2
+    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def as_svg(figure: Figure) -> str:
+    """The figure as an SVG document."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _figure(
+    height: float, *, rows: int = 1, columns: int = 1, ratios: tuple[int, ...] = (1,), sharex: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width and `height` inches, and its axes in the page's style."""
+    figure = Figure(figsize=(9.6, height), layout="constrained")
+    grid = figure.subplots(
+        rows,
+        columns,
+        sharex=sharex,
+        squeeze=False,
+        height_ratios=ratios if rows > 1 else None,
+        width_ratios=ratios if columns > 1 else None,
+    )
+    axes = list(grid.flat)
+    for each in axes:
+        each.grid(color=GRID, linewidth=0.8)
+        each.set_axisbelow(True)
+        each.spines[["top", "right"]].set_visible(False)
+        each.spines[["left", "bottom"]].set_color("#aaaaaa")
+        each.tick_params(color="#aaaaaa", labelcolor=INK, labelsize=9)
+        each.xaxis.label.set_color(INK)
+    return figure, axes

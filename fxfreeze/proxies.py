@@ -1,0 +1,131 @@
+"""The values that flow through a trace: proxies that know what Python may ask of them.
+
+``torch.fx`` stops at ``len``, ``int``, iteration, item assignment and ``isinstance(x, Tensor)``, and takes ``x += y``
+for ``x = x + y``. These proxies answer on fake tensors of the example inputs' shapes (the tracer's ``evaluate``) and
+record the mutations.
+"""
+
+import dis
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.proxy import Proxy
+
+__all__ = ["TracedProxy", "is_scalar"]
+
+# Attributes and methods of a tensor that give something else than a tensor.
+_SCALAR_NAMES = frozenset(
+    (
+        "shape dtype device ndim layout is_cuda is_cpu is_mps is_xpu is_sparse is_quantized is_nested is_complex "
+        "is_floating_point is_contiguous requires_grad itemsize nbytes size dim ndimension numel nelement stride "
+        "storage_offset element_size get_device item tolist data_ptr"
+    ).split()
+)
+_SCALAR_FUNCTIONS = frozenset(
+    [getattr(operator, name) for name in operator.__all__]
+    + [getattr(math, name) for name in dir(math) if not name.startswith("_")]
+    + [len, min, max, int, float, bool, sum, round, torch.Size, torch.sym_int, torch.sym_float]
+)
+
+
+def is_scalar(node: Node) -> bool:
+    """Whether the value of ``node`` is a size, flag or number that Python computed from shapes, not a tensor."""
+    if node.op == "call_method":
+        return node.target in _SCALAR_NAMES
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in _SCALAR_NAMES
+    inputs = node.all_input_nodes
+    return node.target in _SCALAR_FUNCTIONS and bool(inputs) and all(n.meta.get("scalar", False) for n in inputs)
+
+
+class TracedProxy(Proxy):
+    """A value in a trace; ``tracer`` is fxfreeze's own."""
+
+    tracer: Any
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # User code branches on isinstance(x, Tensor); a size must not take that branch.
+        return type(self) if self._is_scalar() else torch.Tensor
+
+    def _is_scalar(self) -> bool:
+        return bool(self.node.meta["scalar"])
+
+    def __getattr__(self, k: str) -> "TracedProxy":  # type: ignore[override]
+        if k.startswith("_"):
+            raise AttributeError(f"private attribute {k} of a traced value")
+        return _TracedAttribute(self, k)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        count = _unpack_count(frame)
+        return iter([operator.getitem(self, i) for i in range(len(self) if count is None else count)])
+
+    def __len__(self) -> int:
+        return len(self.tracer.evaluate(self.node))
+
+    def __int__(self) -> int:
+        return int(self.tracer.evaluate(self.node))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.evaluate(self.node))
+
+    def __float__(self) -> float:
+        return float(self.tracer.evaluate(self.node))
+
+
+def _unpack_count(frame: FrameType) -> int | None:
+    """How many names ``a, b = value`` in the calling frame unpacks into; None when it is another kind of iteration."""
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset == frame.f_lasti:
+            return instruction.arg if instruction.opname == "UNPACK_SEQUENCE" else None
+    return None
+
+
+def _record_in_place(name: str) -> Callable[[TracedProxy, Any], TracedProxy]:
+    target = getattr(operator, name)
+
+    def record(self: TracedProxy, other: Any) -> TracedProxy:
+        if self._is_scalar():  # numbers are immutable: n += 1 makes a new one
+            target_of_number = getattr(operator, name[1:] + ("_" if name in ("iand", "ior") else ""))
+            return self.tracer.create_proxy("call_function", target_of_number, (self, other), {})  # type: ignore[no-any-return]
+        return self.tracer.create_proxy("call_function", target, (self, other), {})  # type: ignore[no-any-return]
+
+    return record
+
+
+for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split():
+    setattr(TracedProxy, f"__{_name}__", _record_in_place(_name))
+
+
+class _TracedAttribute(TracedProxy):
+    """``value.name``: becomes a method call when called, and a ``getattr`` node when used."""
+
+    def __init__(self, root: TracedProxy, attr: str) -> None:
+        self.root = root
+        self.attr = attr
+        self.tracer = root.tracer
+        self._node: Node | None = None
+
+    def _is_scalar(self) -> bool:
+        return self.attr in _SCALAR_NAMES
+
+    @property
+    def node(self) -> Node:  # type: ignore[override]
+        if self._node is None or self._node._erased:  # erased with a module whose tracing failed
+            self._node = self.tracer.create_proxy("call_function", getattr, (self.root, self.attr), {}).node
+        return self._node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)

@@ -1,0 +1,212 @@
+"""What a comparison reports: its table and the notes beside it, for the terminal, the page and the JSON alike."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fxfreeze.compare import Row, Trial
+from fxfreeze.pictures import COLOURS
+from fxfreeze.recipes import Settings
+from fxfreeze.verdict import Average, Summary, caution, finished, ratio, summarise, verdict
+
+COLUMNS = (
+    "row",
+    "steps",
+    "time, s",
+    "time / plain",
+    "ms / step",
+    "FLOPs / plain",
+    "freeze events",
+    "validation",
+    "test",
+)
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Saving that the cost model predicts for the freezing rows, as a share of plain training's FLOPs per step."""
+
+    uncached: float
+    cached: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison, finished or stopped. subject: what was trained, by name; trials: one per seed, at least one."""
+
+    command: str
+    subject: dict[str, str]
+    settings: Settings
+    trials: Sequence[Trial]
+    prediction: Prediction
+    environment: dict[str, str]
+
+    @property
+    def shown(self) -> Sequence[Trial]:
+        return finished(self.trials) or self.trials
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Where and with what a comparison ran."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "fxfreeze": version("fxfreeze"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": datetime.now(UTC).astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    }
+
+
+def table(report: Report) -> Table:
+    """The rows, for the terminal."""
+    shown = Table(header_style="bold")
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=column == "row")
+    for summary in summarise(report.trials):
+        shown.add_row(*cells(summary), style="bold" if summary.name == "fxfreeze" else None)
+    return shown
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader needs to weigh the table, a sentence or three each."""
+    lines = [
+        "Time is training alone, freeze events included and evaluation left out. FLOPs are those of convolutions and "
+        "matrix products, forward and backward. Test accuracy was read once, at the end; no choice looked at it.",
+    ]
+    if all("fxfreeze" in trial.rows for trial in report.shown):
+        share = build_share([trial.rows["fxfreeze"] for trial in report.shown])
+        lines.append(f"Freeze events (trace, split, rewrite, self-check): {share:.1%} of fxfreeze's training time.")
+    lines += _notes_on_short([trial for trial in report.shown if trial.identical is not None])
+    for trial in report.trials:
+        lines += [
+            f"{row.name} diverged (seed {trial.seed}): its loss is not a finite number; try a lower --lr."
+            for row in trial.rows.values()
+            if not all(map(math.isfinite, row.record.losses))
+        ]
+        if not trial.finished:
+            steps = ", ".join(f"{row.name} {row.steps}/{row.planned}" for row in trial.rows.values())
+            lines.append(f"Stopped during seed {trial.seed}, after these steps: {steps}.")
+    return lines
+
+
+def as_json(report: Report) -> str:
+    """All figures of the report, the series behind the pictures included."""
+    content = {
+        "verdict": verdict(report.trials),
+        "caution": caution(report.trials),
+        "notes": notes(report),
+        "command": report.command,
+        "subject": report.subject,
+        "settings": dataclasses.asdict(report.settings),
+        "environment": report.environment,
+        "predicted_saving": dataclasses.asdict(report.prediction),
+        "rows": [dataclasses.asdict(summary) for summary in summarise(report.trials)],
+        "trials": [
+            {**vars(trial), "rows": {name: _row_content(row) for name, row in trial.rows.items()}}
+            for trial in report.trials
+        ],
+    }
+    return json.dumps(content, indent=1, allow_nan=False)
+
+
+def savings(report: Report) -> Iterator[tuple[str, float, str]]:
+    yield "predicted, no cache", report.prediction.uncached, "#b8b8b0"
+    summaries = {summary.name: summary for summary in summarise(report.trials)}
+    base = summaries.get("plain")
+    row = summaries.get("fxfreeze")
+    if base is not None:
+        if row is not None and row.relative_flops is not None:
+            yield "FLOPs counted", 1 - row.relative_flops.mean * base.steps.mean / row.steps.mean, "#8c8c84"
+        for name in ("by-hand", "freezeout", "fxfreeze"):
+            if name in summaries and not (name == "freezeout" and "by-hand" in summaries):
+                saved = 1 - summaries[name].step_seconds.mean / base.step_seconds.mean
+                yield f"time measured, {name}", saved, COLOURS[name]
+    yield "predicted, with a cache", report.prediction.cached, "#dcdcd6"
+
+
+def cells(summary: Summary) -> list[str]:
+    steps = f"{summary.steps.mean:.0f}"
+    if summary.steps.mean < summary.planned.mean:
+        steps += f" of {summary.planned.mean:.0f}"
+    surgery = summary.build_share.mean > 0
+    return [
+        summary.name,
+        steps,
+        summary.seconds.show(".1f"),
+        _relative(summary, summary.relative_seconds),
+        f"{summary.step_seconds.mean * 1e3:.1f}",
+        _relative(summary, summary.relative_flops),
+        f"{summary.build_share.mean:.1%}" if surgery else NONE,
+        summary.validation.show(".1%"),
+        summary.test.show(".1%"),
+    ]
+
+
+def _relative(summary: Summary, share: Average | None) -> str:
+    if share is None:
+        return NONE
+    return "1" if summary.name == "plain" else share.show(".2f")
+
+
+def build_share(rows: Sequence[Row]) -> float:
+    """Share of the rows' training time that went into freeze events."""
+    return sum(row.build_seconds for row in rows) / sum(row.seconds for row in rows)
+
+
+def _notes_on_short(trials: Sequence[Trial]) -> list[str]:
+    if not trials:
+        return []
+    drift = ", ".join(f"{trial.drift:.3f}x" for trial in trials)
+    identical = ", ".join(f"{trial.identical:.3f}x" for trial in trials)
+    seconds = ratio(trials, "plain-short", "plain").mean
+    flops = statistics.fmean(trial.rows["plain-short"].flops / trial.rows["plain"].flops for trial in trials)
+    length = (
+        f"plain-short is as long as fxfreeze's time allows: {seconds:.2f}x of plain's time, {flops:.2f}x of its FLOPs."
+    )
+    if flops > 1:
+        length += " Freezing cost more than plain training here, so plain-short is longer than plain."
+    return [
+        length,
+        f"plain-short ran last. Blocks of plain between its own took {drift} the time of plain's earlier steps, and "
+        f"its time is corrected by that. Beside them its own steps, the same code, took {identical}: the noise.",
+    ]
+
+
+def _row_content(row: Row) -> dict[str, Any]:
+    content = {**vars(row), "correct": int(row.correct.sum()), "record": dataclasses.asdict(row.record)}
+    record = content["record"]
+    record["step_seconds"] = [round(seconds, 6) for seconds in row.record.step_seconds]
+    record["losses"] = [_finite(loss) for loss in row.record.losses]
+    for evaluation in record["evaluations"]:
+        evaluation["loss"] = _finite(evaluation["loss"])
+    return content
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no word for what a diverged loss becomes."""
+    return value if math.isfinite(value) else None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = []
+    if cpuinfo.exists():
+        models = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,174 @@
+"""What operator a node is, whichever way it was written, and how passes are run.
+
+A pass is a function ``GraphModule -> list[Outcome]`` that edits the graph in place; ``run_passes`` is handed the list.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+__all__ = ["Op", "Outcome", "Pass", "constant", "hold", "op_of", "other_user", "place", "run_passes"]
+
+
+class Outcome(NamedTuple):
+    """What a pass did at one place. done: the graph was rewritten there; what: into what, or why not."""
+
+    name: str
+    place: str
+    done: bool
+    what: str
+
+
+Pass = Callable[[GraphModule], list[Outcome]]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator with its arguments by the names of the functional form; weights are tensors or nodes.
+
+    kind: "conv", "conv_transpose", "linear" or "batch_norm"; function: the functional form.
+    """
+
+    kind: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    @property
+    def input(self) -> Any:
+        return self.arguments["input"]
+
+
+def run_passes(module: GraphModule, passes: Iterable[Pass]) -> list[Outcome]:
+    """Run each pass, verify the graph after each, and recompile at the end."""
+    outcomes: list[Outcome] = []
+    for rewrite in passes:
+        outcomes += rewrite(module)
+        module.graph.lint()
+    module.recompile()
+    return outcomes
+
+
+_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_MODULES: dict[type[nn.Module], tuple[str, Callable[..., Any], tuple[str, ...]]] = {
+    nn.Conv1d: ("conv", F.conv1d, _CONV),
+    nn.Conv2d: ("conv", F.conv2d, _CONV),
+    nn.Conv3d: ("conv", F.conv3d, _CONV),
+    nn.ConvTranspose1d: ("conv_transpose", F.conv_transpose1d, _TRANSPOSED),
+    nn.ConvTranspose2d: ("conv_transpose", F.conv_transpose2d, _TRANSPOSED),
+    nn.ConvTranspose3d: ("conv_transpose", F.conv_transpose3d, _TRANSPOSED),
+    nn.Linear: ("linear", F.linear, ("weight", "bias")),
+}
+_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    **{
+        f: ("conv", ("input", *_CONV), {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
+        for f in (F.conv1d, F.conv2d, F.conv3d)
+    },
+    **{
+        f: (
+            "conv_transpose",
+            ("input", *_TRANSPOSED),
+            {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1},
+        )
+        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+    },
+    F.linear: ("linear", ("input", "weight", "bias"), {"bias": None}),
+}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def op_of(node: Any, module: GraphModule) -> Op | None:
+    """The convolution, linear layer or batch norm that ``node`` is, written as a module or a function; None: neither."""
+    if not isinstance(node, Node):
+        return None
+    if node.op == "call_module":
+        return _module_op(node, module.get_submodule(str(node.target)))
+    if node.op != "call_function":
+        return None
+    if node.target in _FUNCTIONS:
+        kind, names, defaults = _FUNCTIONS[node.target]
+        arguments = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return Op(kind, node.target, arguments)  # type: ignore[arg-type]
+    if node.target is F.batch_norm:
+        bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        return Op("batch_norm", F.batch_norm, dict(bound.arguments))
+    return None
+
+
+def _module_op(node: Node, layer: nn.Module) -> Op | None:
+    if layer._forward_hooks or layer._forward_pre_hooks or len(node.args) != 1 or node.kwargs:
+        return None
+    if type(layer) in _BATCH_NORMS:
+        arguments = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias", "eps")}
+        no_statistics = layer.running_mean is None and layer.running_var is None
+        return Op(
+            "batch_norm",
+            F.batch_norm,
+            {"input": node.args[0], "training": layer.training or no_statistics, **arguments},
+        )
+    if type(layer) not in _MODULES:
+        return None
+    kind, function, names = _MODULES[type(layer)]
+    arguments = {"input": node.args[0], **{name: getattr(layer, name) for name in names}}
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        function = padded_convolution
+        arguments |= {"padding": 0, "pad": layer._reversed_padding_repeated_twice, "mode": layer.padding_mode}
+    return Op(kind, function, arguments)
+
+
+def padded_convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *, pad: list[int], mode: str, **options: Any
+) -> Tensor:
+    """A convolution whose padding repeats, reflects or wraps the input, as ``nn.Conv*d(padding_mode=mode)`` does."""
+    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+    return convolution(F.pad(input, pad, mode=mode), weight, bias, **options)
+
+
+def place(node: Node) -> str:
+    """Where a node comes from, as a person would name it: the module that called it, or the node's own name."""
+    scope = node.meta.get("scope") or ()
+    return str(scope[-1]) if scope else node.name
+
+
+def other_user(node: Node, known: Node) -> Node | None:
+    """A user of ``node`` besides ``known``."""
+    return next((user for user in node.users if user is not known), None)
+
+
+def constant(value: Any, module: GraphModule) -> Tensor | None:
+    """The tensor that an argument always is: itself, an attribute, or what is computed from attributes alone."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, Node) or value.op in ("placeholder", "call_module"):
+        return None
+    if value.op == "get_attr":
+        found: Any = operator.attrgetter(str(value.target))(module)
+        return found if isinstance(found, Tensor) else None
+    inputs = {n: constant(n, module) for n in value.all_input_nodes}
+    if not inputs or any(t is None for t in inputs.values()):
+        return None
+    args, kwargs = torch.fx.node.map_arg((value.args, value.kwargs), lambda n: inputs[n])
+    with torch.no_grad():
+        if value.op == "call_method":
+            result = getattr(args[0], str(value.target))(*args[1:], **kwargs)
+        else:
+            result = value.target(*args, **kwargs)  # type: ignore[operator]
+    return result if isinstance(result, Tensor) else None
+
+
+def hold(module: GraphModule, name: str, tensor: Tensor) -> Node:
+    """Store a derived tensor on the module and read it at the graph's insertion point."""
+    base = name.replace(".", "_")
+    unique = base
+    while hasattr(module, unique):
+        unique = f"{base}_{sum(buffer.startswith(base) for buffer in module._buffers)}"
+    module.register_buffer(unique, tensor)
+    return module.graph.get_attr(unique)

@@ -1,0 +1,269 @@
+"""A frozen segment as a callable: no tape, its own weights, checked against the original when it is built."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from fxfreeze.randomness import random_state_kept
+from fxfreeze.rewrite import Outcome, Pass, run_passes
+
+__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "build"]
+
+# The largest relative error, by norm, that a rewritten segment may show against the original.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TF32_BOUND = 5e-3  # float32 where cuDNN may round inputs to 10 bits
+_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a segment computes: on which device type, and under which autocast.
+
+    autocast: the dtype, or None for off; overrides: this is not what the caller's own autocast says.
+    """
+
+    device: str
+    autocast: torch.dtype | None
+    overrides: bool = False
+
+    @classmethod
+    def current(cls, device: str, precision: torch.dtype | None) -> "Computation":
+        """What a forward on ``device`` uses now; ``precision`` overrides autocast for the frozen part."""
+        active = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if precision is None:
+            return cls(device, active)
+        wanted = None if precision is torch.float32 else precision
+        return cls(device, wanted, overrides=wanted != active)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """What to run the rewritten segment under."""
+        if not self.overrides:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+
+
+@dataclass
+class Segment:
+    """The graph between the boundaries at two depths, frozen.
+
+    start, end: depths; plain: the traced graph on the original's modules; rewritten: after the passes, or None when
+    ``reason`` says why the plain graph runs; error: relative error of the self-check, bound: what it may be.
+    """
+
+    start: int
+    end: int
+    plain: GraphModule
+    computation: Computation
+    rewritten: GraphModule | None = None
+    reason: str | None = None
+    error: float | None = None
+    bound: float | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    formats: tuple[tuple[torch.dtype, torch.memory_format | None] | None, ...] = ()
+    backend: str = "plain"
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        """Boundary in, boundary out; records no tape; every output is a tensor of its own or one of the inputs."""
+        with torch.no_grad():
+            if self.rewritten is None:
+                return tuple(self.plain.forward(*inputs))
+            with self.computation.context():
+                outputs = self.rewritten.forward(*inputs)
+            return tuple(map(_as_original, outputs, self.formats))
+
+    def describe(self) -> str:
+        """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
+        graph = (self.rewritten or self.plain).graph
+        operators = sum(node.op.startswith("call") for node in graph.nodes)
+        dtype = "the model's dtype" if self.computation.autocast is None else _short(self.computation.autocast)
+        check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
+        state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
+        head = (
+            f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators (of {_calls(self.plain)} traced), "
+            f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
+        )
+        done: dict[tuple[str, str], list[str]] = {}
+        for outcome in self.outcomes:
+            kind = outcome.what.split(" into ")[0].split(": ")[-1] if outcome.done else outcome.what
+            kind = kind if not outcome.done or "scale and shift" not in outcome.what else f"scale and shift, {kind}"
+            done.setdefault((outcome.name, f"{'' if outcome.done else 'left alone: '}{kind}"), []).append(outcome.place)
+        lines = [f"  {name}: {len(at)} x {what} ({_few(at)})" for (name, what), at in done.items()]
+        return "\n".join([head, *lines, *(f"  kept live: {note}" for note in self.notes)])
+
+
+@dataclass
+class Prefix:
+    """What runs for the frozen part: a chain of segments, each fed by the one before. Printing it says all about it.
+
+    build_seconds: time spent so far on traces, splits, passes and self-checks.
+    """
+
+    depth: int
+    segments: tuple[Segment, ...]
+    build_seconds: float = 0.0
+
+    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
+        for segment in self.segments:
+            tensors = segment(*tensors)
+        return tensors
+
+    def __str__(self) -> str:
+        if not self.depth:
+            return "prefix: nothing is frozen"
+        if not self.segments:
+            return f"prefix: {self.depth} frozen units, built at the next forward"
+        return "\n".join(
+            [
+                f"prefix: {self.depth} frozen units, {self.build_seconds:.2f} s of building",
+                *(s.describe() for s in self.segments),
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def build(
+    span: tuple[int, int],
+    plain: GraphModule,
+    inputs: Sequence[Any],
+    computation: Computation,
+    passes: Sequence[Pass],
+    rewrite: bool = True,
+) -> Segment:
+    """Rewrite ``plain`` and compare it with the original on a few samples of ``inputs``.
+
+    span: depths of the two boundaries; rewrite: False runs the plain graph, as a resumed run did before. A rewritten
+    graph past its bound is dropped with a warning that gives the figure. Random state is left as found.
+    """
+    began = time.perf_counter()
+    segment = Segment(*span, plain, computation)
+    with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
+        samples, reference = _reference(plain, inputs)
+        segment.formats = tuple(map(_format, reference))
+        if not rewrite:
+            segment.reason = "decided before the run was resumed"
+        else:
+            with computation.context():
+                graph = _rewritable(plain, samples)
+                segment.outcomes = run_passes(graph, passes)
+                random.restore()
+                outputs = graph.forward(*samples)
+            _judge(
+                segment, graph, [_as_original(o, f) for o, f in zip(outputs, segment.formats, strict=True)], reference
+            )
+    segment.seconds = time.perf_counter() - began
+    return segment
+
+
+def _reference(plain: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
+    """A few samples of the batch, and what the original makes of them; the whole batch where it can't be sliced."""
+    few = _first_samples(inputs)
+    if few is not None:
+        try:
+            return few, tuple(plain.forward(*few))
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
+            pass  # a network that ties samples together (pairs, frames) needs the batch it was given
+    return list(inputs), tuple(plain.forward(*inputs))
+
+
+def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:
+    sizes = {t.shape[0] if t.dim() else None for t in inputs if isinstance(t, Tensor)}
+    if len(sizes) != 1 or None in sizes or next(iter(sizes)) <= _SAMPLES:  # type: ignore[operator]
+        return None
+    return [t[:_SAMPLES] if isinstance(t, Tensor) else t for t in inputs]
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and notes on each node what its value is like, for the passes to read."""
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        n.meta["value"] = value.detach().to("meta") if isinstance(value, Tensor) else None
+        return value
+
+
+def _rewritable(plain: GraphModule, samples: Sequence[Any]) -> GraphModule:
+    """A copy of the plain graph that passes may edit, with the values' shapes and dtypes under this computation."""
+    module = GraphModule(torch.nn.Module(), Graph())
+    module.root = plain.root
+    for name, buffer in plain._buffers.items():
+        module.register_buffer(name, buffer)
+    graph = Graph()
+    graph.output(graph.graph_copy(plain.graph, {}))
+    module.graph = graph
+    device = next((t.device.type for t in samples if isinstance(t, Tensor)), "cpu")
+    module.meta["compute_dtype"] = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    _Recorder(module).run(*samples)
+    return module
+
+
+def _judge(segment: Segment, graph: GraphModule, outputs: Sequence[Any], reference: Sequence[Any]) -> None:
+    """Keep the rewritten graph if its outputs are the original's within the bound."""
+    dtypes = [t.dtype for t in reference if isinstance(t, Tensor) and t.is_floating_point()]
+    computed = segment.computation.autocast or max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    segment.bound = BOUNDS.get(computed, BOUNDS[torch.bfloat16])
+    if computed is torch.float32 and segment.computation.device == "cuda" and torch.backends.cudnn.allow_tf32:
+        segment.bound = TF32_BOUND
+    errors = [relative_error(a, b) for a, b in zip(outputs, reference, strict=True) if isinstance(b, Tensor)]
+    segment.error = max(errors, default=0.0)
+    if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in reference):
+        segment.reason = "the original's own output is not finite, so nothing could be compared"
+    elif not segment.error <= segment.bound:
+        segment.reason = f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
+    else:
+        segment.rewritten = graph
+        return
+    warnings.warn(
+        f"the rewritten prefix of {segment.end} units is not used: {segment.reason}. The plain graph runs instead",
+        stacklevel=2,
+    )
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """``|value - reference| / |reference|`` by the 2-norm in float64; inf for another shape or dtype, 0 for two zeros."""
+    if value.shape != reference.shape or value.dtype != reference.dtype:
+        return float("inf")
+    if not reference.is_floating_point():
+        return 0.0 if torch.equal(value, reference) else float("inf")
+    distance = torch.linalg.vector_norm(value.double() - reference.double())
+    return float(distance / torch.linalg.vector_norm(reference.double())) if distance else 0.0
+
+
+def _format(value: Any) -> tuple[torch.dtype, torch.memory_format | None] | None:
+    """The dtype and layout in which the suffix expects a boundary value; None: as it comes."""
+    if not isinstance(value, Tensor):
+        return None
+    if value.is_contiguous():
+        return value.dtype, torch.contiguous_format
+    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
+        return value.dtype, torch.channels_last
+    return value.dtype, None
+
+
+def _as_original(value: Any, wanted: tuple[torch.dtype, torch.memory_format | None] | None) -> Any:
+    if wanted is None or not isinstance(value, Tensor):
+        return value
+    dtype, layout = wanted
+    value = value if value.dtype == dtype else value.to(dtype)
+    return value if layout is None else value.contiguous(memory_format=layout)
+
+
+def _calls(module: GraphModule) -> int:
+    return sum(node.op.startswith("call") for node in module.graph.nodes)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _few(places: list[str]) -> str:
+    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")

@@ -1,0 +1,168 @@
+"""What the figures of a comparison say: rows over seeds, and one or two plain sentences."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fxfreeze.compare import Row, Trial
+
+# Student's t for a two-sided 95% interval, by degrees of freedom; beyond these the last serves, on the careful side.
+T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+RIVALS = ("fxfreeze", "plain-short")
+
+
+@dataclass(frozen=True)
+class Average:
+    """Mean over seeds, and their sample standard deviation (None for one seed)."""
+
+    mean: float
+    spread: float | None
+
+    def show(self, form: str) -> str:
+        """As text, mean and spread in the same format; a common unit is said once."""
+        mean = f"{self.mean:{form}}"
+        return mean if self.spread is None else f"{mean.removesuffix('%')} ± {self.spread:{form}}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row over all seeds. relative_*: as a share of plain's, seed by seed; build_share: freeze events in its time."""
+
+    name: str
+    about: str
+    planned: Average
+    steps: Average
+    seconds: Average
+    relative_seconds: Average | None
+    relative_flops: Average | None
+    step_seconds: Average
+    build_share: Average
+    validation: Average
+    best_validation: Average
+    test: Average
+
+
+def average(values: Sequence[float]) -> Average:
+    return Average(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def summarise(trials: Sequence[Trial]) -> list[Summary]:
+    """One summary for each row, over the finished trials if there are any."""
+    trials = finished(trials) or trials
+    names = [name for name in trials[0].rows if all(name in trial.rows for trial in trials)]
+    return [
+        _summary([trial.rows[name] for trial in trials], [trial.rows.get("plain") for trial in trials])
+        for name in names
+    ]
+
+
+def finished(trials: Sequence[Trial]) -> list[Trial]:
+    """Those whose rows can be compared: each came to its end."""
+    return [trial for trial in trials if trial.finished]
+
+
+def verdict(trials: Sequence[Trial]) -> str:
+    """One or two sentences on cost and accuracy that claim no more than the runs can tell."""
+    whole = finished(trials)
+    if not whole:
+        return "Stopped before the end: the rows stand at different points of their training, so nothing is concluded."
+    sentences = [sentence for sentence in (cost(whole), accuracy(whole)) if sentence]
+    if not sentences:
+        return "These rows leave nothing to conclude: fxfreeze and plain-short are the pair to compare."
+    if len(whole) < len(trials):
+        sentences.append(
+            f"Stopped before the end: of {len(trials)} seeds, the {len(whole)} that came to it are counted."
+        )
+    return " ".join(sentences)
+
+
+def cost(trials: Sequence[Trial]) -> str:
+    """What fxfreeze's time was, next to the same schedule without surgery and to plain training."""
+    rows = trials[0].rows
+    if "fxfreeze" not in rows:
+        return ""
+    rivals = [
+        f"{ratio(trials, 'fxfreeze', name).show('.2f')}x {words}"
+        for name, words in {
+            "freezeout": "the time of the same schedule without surgery",
+            "by-hand": "the time of the same backbone frozen by hand",
+            "plain": "that of plain training",
+        }.items()
+        if name in rows and not (name == "freezeout" and "by-hand" in rows)
+    ]
+    return f"fxfreeze took {' and '.join(rivals)}." if rivals else ""
+
+
+def ratio(trials: Sequence[Trial], name: str, rival: str) -> Average:
+    """Time of one row over another's, seed by seed."""
+    return average([trial.rows[name].seconds / trial.rows[rival].seconds for trial in trials])
+
+
+def accuracy(trials: Sequence[Trial]) -> str:
+    """Whether the freeze was worth more than the steps of plain training that its time would have bought."""
+    if not _has_rival(trials):
+        return ""
+    gap, margin = _gap(trials)
+    ours, theirs = (average([trial.rows[name].test for trial in trials]).show(".1%") for name in RIVALS)
+    lengths = [trial.rows["plain-short"].planned / trial.rows["plain"].planned for trial in trials]
+    # Where freezing cost more than plain training, as much time buys plain more steps, not fewer.
+    rival = "simply training for fewer steps" if statistics.fmean(lengths) < 1 else "plain training for as long"
+    where = "here" if len(trials) > 1 else "in this one run"
+    if abs(gap) <= margin:
+        return f"Freezing gained nothing {where}: {rival} tied, {theirs} test accuracy against {ours} at equal time."
+    if gap < 0:
+        return f"Freezing lost {where}: {rival} was better, {theirs} test accuracy against {ours} at equal time."
+    return f"Freezing won {where}: {ours} test accuracy against {theirs} for {rival} at equal time."
+
+
+def caution(trials: Sequence[Trial]) -> str:
+    """How far the verdict carries: what a gap must exceed to be told from noise, and what was not measured."""
+    whole = finished(trials)
+    if not _has_rival(whole):
+        return ""
+    points = f"{100 * _gap(whole)[1]:.1f} points"
+    if len(whole) == 1:
+        return (
+            f"One seed: gaps up to {points} are the test set's noise, and luck between seeds is unknown; try --seeds 5."
+        )
+    return f"{len(whole)} seeds: mean gaps up to {points} are within the seeds' spread and the test set's noise."
+
+
+def _has_rival(trials: Sequence[Trial]) -> bool:
+    return bool(trials) and all(trial.rows.keys() >= set(RIVALS) for trial in trials)
+
+
+def _gap(trials: Sequence[Trial]) -> tuple[float, float]:
+    """(mean of fxfreeze's test accuracy less plain-short's, half width of its 95% interval).
+
+    The wider of two intervals: over seeds, from the paired differences; over the test set, from the samples on which
+    exactly one of the two is right (McNemar), since those b + c are all that the difference (b - c) / n rests on.
+    """
+    pairs = [tuple(trial.rows[name] for name in RIVALS) for trial in trials]
+    gaps = [ours.test - theirs.test for ours, theirs in pairs]
+    differ = sum(int((ours.correct != theirs.correct).sum()) for ours, theirs in pairs)
+    margin = 1.96 * math.sqrt(max(1, differ)) / sum(len(ours.correct) for ours, _ in pairs)
+    if len(gaps) > 1:
+        t = T_95[min(len(gaps) - 1, max(T_95))]
+        margin = max(margin, t * statistics.stdev(gaps) / math.sqrt(len(gaps)))
+    return statistics.fmean(gaps), margin
+
+
+def _summary(rows: Sequence[Row], plains: Sequence[Row | None]) -> Summary:
+    pairs = [(row, base) for row, base in zip(rows, plains, strict=True) if base is not None]
+    return Summary(
+        name=rows[0].name,
+        about=rows[0].about,
+        planned=average([row.planned for row in rows]),
+        steps=average([row.steps for row in rows]),
+        seconds=average([row.seconds for row in rows]),
+        relative_seconds=average([row.seconds / base.seconds for row, base in pairs]) if pairs else None,
+        relative_flops=average([row.flops / base.flops for row, base in pairs]) if pairs else None,
+        step_seconds=average([row.seconds / row.steps for row in rows]),
+        build_share=average([row.build_seconds / row.seconds for row in rows]),
+        validation=average([row.record.evaluations[-1].accuracy for row in rows]),
+        best_validation=average([max(e.accuracy for e in row.record.evaluations) for row in rows]),
+        test=average([row.test for row in rows]),
+    )

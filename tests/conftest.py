@@ -1,0 +1,24 @@
+"""What every test needs: a torchvision that imports beside a CPU-only torch, a fixed seed, one thread a worker."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+# torchvision's wheels are built for CUDA: beside a CPU-only torch their C++ library does not load, and the import then
+# fails for want of two operators' schemas. No test calls them. The object must outlive the import, or the schemas go.
+_TORCHVISION: torch.library.Library | None = None
+if torch.version.cuda is None and importlib.util.find_spec("torchvision") is not None:
+    _TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for _name in ("nms", "qnms"):
+        _schema = f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        _TORCHVISION.define(_schema)  # type: ignore[no-untyped-call]
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
