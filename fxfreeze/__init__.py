@@ -1,5 +1,6 @@
 """Progressive freezing by graph surgery: layers that have stopped learning should cost nothing."""
 
+from fxfreeze.cost import Plan, plan
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.model import FreezableModel, compile
 from fxfreeze.optim import FreezeScheduler, scaler_step
@@ -11,8 +12,10 @@ __all__ = [
     "FreezeOut",
     "FreezeScheduler",
     "Milestones",
+    "Plan",
     "TraceRefusal",
     "Unit",
     "compile",
+    "plan",
     "scaler_step",
 ]

@@ -15,12 +15,13 @@ __all__ = ["Atoms"]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_WEIGHTLESS = (*_NORMS, nn.ParameterList, nn.ParameterDict)  # the lists' parameters belong to those that read them
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 def _weighted(module: nn.Module) -> bool:
     """Whether a module itself owns a weight: a parameter of two or more dimensions that is not a norm's."""
-    return not isinstance(module, _NORMS) and any(p.dim() >= 2 for p in module.parameters(recurse=False))
+    return not isinstance(module, _WEIGHTLESS) and any(p.dim() >= 2 for p in module.parameters(recurse=False))
 
 
 def _count_weighted(module: nn.Module) -> int:

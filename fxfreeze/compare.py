@@ -22,6 +22,7 @@ from fxfreeze.schedule import FreezeOut
 from fxfreeze.train import Record, Run, logits_of, mark_eval
 
 WARM_UP_STEPS = 3
+LEAST_EVALUATIONS = 10
 PROBE_SHARE = 4  # plain-short trains this many steps for each one of the plain run that measures the drift
 
 
@@ -130,12 +131,13 @@ def alternate(run: Run, probe: Run, arena: Arena, watch: Watch, stop: Callable[[
 
 
 def advance(run: Run, target: int, arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
-    """Trains `run` to step `target`, scoring the validation split at the ends of epochs and of the run."""
+    """Trains `run` to step `target`, scoring the validation split as often as plain has epochs, and at the end."""
     target = min(target, run.recipe.steps)
-    epoch = run.batches.steps_per_epoch
+    stride = math.ceil(run.recipe.steps / max(arena.settings.epochs, LEAST_EVALUATIONS))
     while run.step < target and not stop():
-        run.train(min(target, (run.step // epoch + 1) * epoch) - run.step, stop)
-        if run.step and (run.step % epoch == 0 or run.done):
+        start = run.step
+        run.train(min(target, (start // stride + 1) * stride) - start, stop)
+        if run.step > start and (run.step % stride == 0 or run.done):
             run.validate(arena.val)
         watch(run.recipe.name, run)
 

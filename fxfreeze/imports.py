@@ -39,7 +39,7 @@ def resolve(spec: str, error: type[ChoiceError]) -> Callable[..., Any]:
     try:
         found: Any = importlib.import_module(path)
     except ModuleNotFoundError as cause:
-        if cause.name is None or not f"{path}.".startswith(f"{cause.name}."):
+        if not f"{path}.".startswith(f"{cause.name}."):
             raise  # the module was found, and lacks something that it imports itself
         raise error(f"{spec}: no module named {cause.name!r}; install it, or put its folder on PYTHONPATH") from None
     for part in attribute.split("."):

@@ -117,7 +117,7 @@ PAGE = Template("""<!doctype html>
 body { margin: 0; background: #f6f6f2; color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 1020px; margin: 0 auto; padding: 48px 24px 72px; }
 header p.lead { margin: 0 0 10px; }
-h1 { font-size: 24px; line-height: 1.4; font-weight: 640; margin: 0 0 10px; text-wrap: pretty; }
+h1 { font-size: 24px; line-height: 1.4; font-weight: 640; margin: 0 0 10px; text-wrap: balance; }
 header p { color: var(--soft); margin: 0 0 28px; font-size: 15px; }
 h2 { font-size: 18px; margin: 0 0 4px; font-weight: 640; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 22px 24px; margin: 0 0 20px; }

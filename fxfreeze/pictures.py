@@ -4,6 +4,7 @@ import io
 import statistics
 from collections.abc import Sequence
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -21,6 +22,7 @@ COLOURS = {
     "by-hand": "#CC79A7",
 }
 MARKERS = {"plain": "s", "freezeout": "^", "fxfreeze": "o", "plain-short": "D", "by-hand": "v"}
+DEPTHS = colormaps["viridis_r"]
 INK, GRID = "#333333", "#e4e4e0"
 SMOOTHING_STEPS = 15
 
@@ -45,7 +47,7 @@ def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
     ends.set_title("Test accuracy at the end", loc="left")
     for axes in (curves, ends):
         axes.set_xlabel("training time, seconds (evaluation excluded)")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.08 * max(row.seconds for trial in trials for row in trial.rows.values()))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ends.margins(y=0.3)
     curves.legend(loc="lower right", frameon=False)
@@ -78,13 +80,11 @@ def learning_rates(row: Row) -> Figure:
     """Each unit's learning rate over the steps of `row`."""
     figure, (axes,) = _figure(3.6)
     steps = [step for step, _ in row.rates]
-    colours = ScalarMappable(Normalize(0, max(1, len(row.units) - 1)), "viridis_r")
-    for index in range(len(row.units)):
-        axes.plot(
-            steps, [rates[index] for _, rates in row.rates], color=colours.cmap(colours.norm(index)), linewidth=1.5
-        )
-    bar = figure.colorbar(colours, ax=axes, pad=0.02, aspect=15)
-    bar.set_ticks([0, len(row.units) - 1], labels=[f"first: {row.units[0]}", f"head: {row.units[-1]}"])
+    last = len(row.units) - 1
+    for index in range(last + 1):
+        axes.plot(steps, [rates[index] for _, rates in row.rates], color=DEPTHS(index / last), linewidth=1.5)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, last), DEPTHS), ax=axes, pad=0.02, aspect=15)
+    bar.set_ticks([0, last], labels=[f"first: {row.units[0]}", f"head: {row.units[-1]}"])
     bar.outline.set_visible(False)
     axes.set_title(f"Learning rate of each of the {len(row.units)} units ({row.name})", loc="left")
     axes.set_xlabel("step")

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxfreeze.effects import Memory
+
 __all__ = ["Op", "Outcome", "Pass", "constant", "hold", "op_of", "other_user", "place", "run_passes"]
 
 
@@ -145,23 +147,43 @@ def other_user(node: Node, known: Node) -> Node | None:
 
 def constant(value: Any, module: GraphModule) -> Tensor | None:
     """The tensor that an argument always is: itself, an attribute, or what is computed from attributes alone."""
-    if isinstance(value, Tensor):
-        return value
-    if not isinstance(value, Node) or value.op in ("placeholder", "call_module"):
-        return None
-    if value.op == "get_attr":
-        found: Any = operator.attrgetter(str(value.target))(module)
-        return found if isinstance(found, Tensor) else None
-    inputs = {n: constant(n, module) for n in value.all_input_nodes}
-    if not inputs or any(t is None for t in inputs.values()):
-        return None
-    args, kwargs = torch.fx.node.map_arg((value.args, value.kwargs), lambda n: inputs[n])
-    with torch.no_grad():
-        if value.op == "call_method":
-            result = getattr(args[0], str(value.target))(*args[1:], **kwargs)
-        else:
-            result = value.target(*args, **kwargs)  # type: ignore[operator]
-    return result if isinstance(result, Tensor) else None
+    if isinstance(value, Node):
+        if value.op in ("call_function", "call_method") and _changes(value, module):
+            return None
+        with torch.no_grad():
+            value = _evaluate(value, module, {})
+    return value if isinstance(value, Tensor) else None
+
+
+def _evaluate(node: Node, module: GraphModule, known: dict[Node, Any]) -> Any:
+    """What ``node`` computes from attributes; None when it depends on an input."""
+    if node in known:
+        return known[node]
+    result = None
+    if node.op == "get_attr":
+        result = operator.attrgetter(str(node.target))(module)
+    elif node.op in ("call_function", "call_method") and node.all_input_nodes:
+        inputs = {n: _evaluate(n, module, known) for n in node.all_input_nodes}
+        if all(value is not None for value in inputs.values()):
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), inputs.__getitem__)
+            function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+            result = function(*args[node.op == "call_method" :], **kwargs)
+    known[node] = result
+    return result
+
+
+def _changes(node: Node, module: GraphModule) -> bool:
+    """Whether what ``node`` is computed from is drawn at random, or written into after it was made."""
+    memory = Memory(module.graph, module.get_submodule)
+    written = {memory.class_of(n) for does in memory.effects.values() for n in does.writes}
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if memory.effects[current].random or memory.class_of(current) in written:
+            return True
+        stack += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return False
 
 
 def hold(module: GraphModule, name: str, tensor: Tensor) -> Node:

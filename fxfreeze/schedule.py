@@ -7,7 +7,6 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -78,7 +77,7 @@ class FreezeOut:
     def freeze_steps(self, units: Sequence[Unit]) -> tuple[int | None, ...]:
         """The first integer step at or after t_i * total_steps for each unit; None for the head."""
         steps = (math.ceil(t * self.total_steps * (1 - _SLACK)) for t in self._times(units)[:-1])
-        return (*accumulate(steps, max), None)
+        return (*steps, None)
 
     def depth(self, step: int, units: Sequence[Unit]) -> int:
         """How many units are frozen at `step`."""

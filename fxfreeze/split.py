@@ -14,7 +14,7 @@ from fxfreeze.effects import Alias, Memory, silenced
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership
 
-__all__ = ["Split", "split"]
+__all__ = ["Split", "as_module", "split"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Split:
 def split(net: nn.Module, traced: Traced, ownership: Ownership, depth: int) -> Split:
     """Cut ``traced`` after the first ``depth`` units of ``ownership``."""
     cut = _Cut(net, traced, ownership, depth)
-    prefix = _module(net, cut.prefix_graph(), traced.constants)
-    suffix = _module(net, cut.suffix_graph(), traced.constants)
+    prefix = as_module(net, cut.prefix_graph(), traced.constants)
+    suffix = as_module(net, cut.suffix_graph(), traced.constants)
     return Split(prefix, suffix, tuple(n.name for n in cut.crossing), tuple(cut.kept_live))
 
 
-def _module(net: nn.Module, graph: Graph, constants: dict[str, Tensor]) -> GraphModule:
+def as_module(net: nn.Module, graph: Graph, constants: dict[str, Tensor]) -> GraphModule:
+    """``graph``, whose targets are qualified names in ``net``, as a module that reads them at each call."""
     module = GraphModule(nn.Module(), Graph())
     module.root = net
     for node in graph.nodes:

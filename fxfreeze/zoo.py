@@ -90,9 +90,7 @@ def _repeats(name: str, depth: int, rest: int) -> int:
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     models = optional("torchvision", _remedy("torchvision"), ZooError).models
-    known = models.list_models(
-        module=models
-    )  # the classifiers; detection, segmentation and video have modules of their own
+    known = models.list_models(module=models)  # the classifiers; segmenters and detectors have modules of their own
     if name not in known:
         raise ZooError(_unknown("torchvision", name, known))
     options: dict[str, Any] = {}
@@ -115,13 +113,13 @@ def _rebuild_stem(net: nn.Module, in_channels: int) -> None:
     new = nn.Conv2d(
         in_channels,
         old.out_channels,
-        old.kernel_size,  # type: ignore[arg-type]  # as stored: a pair, which the stub gives as a tuple of any length
+        old.kernel_size,  # type: ignore[arg-type]  # a pair, which the stub gives as a tuple of any length
         old.stride,  # type: ignore[arg-type]
         old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
+        bias=False,
     )
-    nn.init.normal_(new.weight, std=old.weight.std().item() * (old.in_channels / in_channels) ** 0.5)
     new.bias = old.bias
+    nn.init.normal_(new.weight, std=old.weight.std().item() * (old.in_channels / in_channels) ** 0.5)
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, new)
 

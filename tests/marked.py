@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fxfreeze.optim
+from fxfreeze.model import FreezableModel
 from fxfreeze.schedule import FreezeOut, Schedule
 from fxfreeze.units import Unit
 
@@ -56,8 +57,18 @@ class Marked(nn.Module):
         self.decisions = decisions
 
 
-def FreezeScheduler(optimizer: Optimizer, model: Marked) -> fxfreeze.optim.FreezeScheduler:  # noqa: N802
-    return fxfreeze.optim.FreezeScheduler(optimizer, cast(Any, model))
+Model = Marked | FreezableModel
+
+
+def compiled(net: nn.Sequential, schedule: Schedule) -> FreezableModel:
+    return fxfreeze.compile(net, schedule, units=[name for name, _ in net.named_children()])
+
+
+MODELS: dict[str, Callable[[nn.Sequential, Schedule], Any]] = {"marked": Marked, "compiled": compiled}
+
+
+def FreezeScheduler(optimizer: Optimizer, model: Model) -> fxfreeze.optim.FreezeScheduler:  # noqa: N802
+    return fxfreeze.optim.FreezeScheduler(optimizer, cast(FreezableModel, model))
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -84,7 +95,7 @@ def backward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return loss.detach()
 
 
-def unit_parameters(model: Marked, i: int) -> list[nn.Parameter]:
+def unit_parameters(model: Model, i: int) -> list[nn.Parameter]:
     return [model.original.get_parameter(name) for name in model.units[i].parameters]
 
 
@@ -96,7 +107,7 @@ def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def is_frozen_for_good(model: Marked, optimizer: Optimizer) -> bool:
+def is_frozen_for_good(model: Model, optimizer: Optimizer) -> bool:
     frozen = [p for i in range(model.depth) for p in unit_parameters(model, i)]
     return all(not p.requires_grad and p.grad is None and p not in optimizer.state for p in frozen)
 
@@ -152,7 +163,7 @@ def by_hand(net: nn.Sequential, make: Callable[[Any], Optimizer]) -> Optimizer:
     return make([{"params": list(child.parameters())} for child in net.children()])
 
 
-def set_by_hand(optimizer: Optimizer, schedule: Schedule, model: Marked, step: int, entries: dict[str, Any]) -> None:
+def set_by_hand(optimizer: Optimizer, schedule: Schedule, model: Model, step: int, entries: dict[str, Any]) -> None:
     """Give each unit's group `entries`, its lr times the unit's factor, and take the frozen units' gradients away."""
     factors = schedule.factors(step, model.units)
     depth = schedule.depth(step, model.units)

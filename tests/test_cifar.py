@@ -16,6 +16,7 @@ from fxfreeze import cifar, data
 from fxfreeze.images import Images
 
 PER_CLASS = 20  # training images of each class
+KEYS = {"cifar10": "labels", "cifar100": "fine_labels"}
 
 
 PythonPickler: Any = pickle._Pickler  # the one written in Python, which can be overridden; the stubs lack its methods
@@ -44,7 +45,8 @@ def batch(size: int, classes: int, key: str, seed: int) -> dict[str, Any]:
     pixels = np.random.RandomState(seed).randint(0, 256, (size, 3072)).astype(np.uint8)
     labels = [i % classes for i in range(size)]
     names = [f"image_{i}.png" for i in range(size)]
-    return {"batch_label": "a batch", key: labels, "data": pixels, "filenames": names}
+    coarse = {"coarse_labels": [label // 5 for label in labels]} if key == "fine_labels" else {}
+    return {"batch_label": "a batch", key: labels, "data": pixels, "filenames": names, **coarse}
 
 
 def make(root: Path, name: str) -> None:
@@ -52,7 +54,7 @@ def make(root: Path, name: str) -> None:
     source = cifar.SOURCES[name]
     size = source.classes * PER_CLASS // len(source.train)
     for seed, file in enumerate((*source.train, source.test)):
-        write(root / source.folder / file, batch(size, source.classes, source.labels, seed))
+        write(root / source.folder / file, batch(size, source.classes, KEYS[name], seed))
     write(root / source.folder / source.meta, {"label_names": ["a"] * source.classes})
 
 
@@ -96,22 +98,23 @@ def test_splits(name: str, classes: int, tmp_path: Path) -> None:
         assert images.labels.bincount().tolist() == [each] * classes
     source = cifar.SOURCES[name]
     size = classes * PER_CLASS // len(source.train)
-    written = [batch(size, classes, source.labels, seed) for seed in range(len(source.train) + 1)]
+    written = [batch(size, classes, KEYS[name], seed) for seed in range(len(source.train) + 1)]
     whole = sorted(
-        (*row, label) for b in written[:-1] for row, label in zip(b["data"].tolist(), b[source.labels], strict=True)
+        (*row, label) for b in written[:-1] for row, label in zip(b["data"].tolist(), b[KEYS[name]], strict=True)
     )
     assert rows(train, val) == whole
     # Red, green and blue planes, row by row: the order of the file is the order of the tensor.
     assert test.pixels.flatten(1).tolist() == written[-1]["data"].tolist()
-    assert test.labels.tolist() == written[-1][source.labels]
+    assert test.labels.tolist() == written[-1][KEYS[name]]
 
 
-def test_load(root: Path) -> None:
+def test_load(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = data.load("CIFAR10", root=str(root))
     assert (found.name, found.num_classes, found.in_channels, found.image_size) == ("cifar10", 10, 3, 32)
     assert [len(split) for split in (found.train, found.val, found.test)] == [180, 20, 40]
     assert found.train.tensors[0].mean((0, 2, 3)).abs().max() < 1e-5
-    again = data.load("cifar10", root=str(root), seed=4)
+    monkeypatch.setenv("HOME", str(root.parent))
+    again = data.load("cifar10", root=f"~/{root.name}", seed=4)
     assert torch.equal(found.val.tensors[0], again.val.tensors[0])
 
 

@@ -137,6 +137,7 @@ def raising_case() -> tuple[Marked, Raising, fxfreeze.optim.FreezeScheduler]:
     optimizer = Raising(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = FreezeScheduler(optimizer, model)
     backward(model, next(batches()))
+    optimizer.step()
     return model, optimizer, scheduler
 
 

@@ -80,6 +80,26 @@ def test_small_images_of_any_channels_train(name: str, in_channels: int, image_s
         assert parameter.grad.abs().sum() > 0, parameter_name
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("densenet-bc-12-40", {"stem": (24, 32), "block1": (96, 32), "block2": (120, 16), "block3": (132, 8)}),
+        ("wrn-16-4", {"stem": (16, 32), "group1": (64, 32), "group2": (128, 16), "group3": (256, 8)}),
+        ("resnet-20", {"stem": (16, 32), "group1": (16, 32), "group2": (32, 16), "group3": (64, 8)}),
+        ("vgg-16-bn", {"features.1": (64, 32), "features.5": (128, 8), "features.12": (512, 4), "features": (512, 1)}),
+    ],
+)
+def test_stages_have_the_papers_channels_and_resolution(name: str, shapes: dict[str, tuple[int, int]]) -> None:
+    net = build(name)
+    seen = {}
+    for stage in shapes:
+        net.get_submodule(stage).register_forward_hook(
+            lambda _module, _inputs, output, stage=stage: seen.update({stage: (output.shape[1], output.shape[2])})
+        )
+    net.eval()(torch.randn(1, 3, 32, 32))
+    assert seen == shapes
+
+
 @pytest.mark.parametrize(("image_size", "pools"), [(8, 3), (28, 4), (32, 5), (64, 5)])
 def test_vgg_leaves_out_the_pools_that_would_leave_no_pixel(image_size: int, pools: int) -> None:
     net = build("vgg-16-bn", image_size=image_size)

@@ -23,9 +23,10 @@ import fxfreeze.optim
 from fxfreeze.schedule import Milestones
 
 
-def test_frozen_by_hand() -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_frozen_by_hand(make: Callable[..., Any]) -> None:
     """`model.freeze` between two steps: from the next optimizer step on the unit stands still, its state gone."""
-    model = Marked(network(), Milestones({"0": 5}))
+    model = make(network(), Milestones({"0": 5}))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     scheduler = FreezeScheduler(optimizer, model)
     stream = batches()
@@ -95,9 +96,10 @@ def test_last_lr() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler(fused: bool) -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_grad_scaler(fused: bool, make: Callable[..., Any]) -> None:
     """Backbone and head each have an optimizer; GradScaler refuses the first once every unit in it is frozen."""
-    model = Marked(network(), Milestones({"1": 2, "2": 4}))
+    model = make(network(), Milestones({"1": 2, "2": 4}))
     backbone = torch.optim.SGD([p for i in range(3) for p in unit_parameters(model, i)], lr=0.1, fused=fused)
     head = torch.optim.SGD(unit_parameters(model, 3), lr=0.1, fused=fused)
     schedulers = [FreezeScheduler(backbone, model), FreezeScheduler(head, model)]

@@ -33,8 +33,9 @@ from fxfreeze.schedule import Milestones, Schedule
 @pytest.mark.parametrize(
     "schedule", [freezing(), Milestones({"0": 3, "1": 6, "2": 6}), Milestones({"1": 0})], ids=["out", "miles", "start"]
 )
-def test_trajectory(name: str, schedule: Schedule) -> None:
-    model, reference = Marked(network(), schedule), network()
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_trajectory(name: str, schedule: Schedule, make: Callable[..., Any]) -> None:
+    model, reference = make(network(), schedule), network()
     optimizer = OPTIMIZERS[name](model.parameters())
     groups, (group,) = optimizer.param_groups, optimizer.param_groups
     lr = group["lr"]
@@ -184,13 +185,14 @@ def test_groups_added_later_and_foreign_parameters() -> None:
         assert is_frozen_for_good(model, optimizer)
 
 
-def test_two_optimizers() -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_two_optimizers(make: Callable[..., Any]) -> None:
     """One for the first two units and one for the rest, each with a FreezeScheduler, train as one optimizer does."""
-    model, reference = Marked(network(), freezing()), Marked(network(), freezing())
-    make = OPTIMIZERS["sgd momentum"]
-    halves = [make([p for i in half for p in unit_parameters(model, i)]) for half in ((0, 1), (2, 3))]
+    model, reference = make(network(), freezing()), Marked(network(), freezing())
+    momentum = OPTIMIZERS["sgd momentum"]
+    halves = [momentum([p for i in half for p in unit_parameters(model, i)]) for half in ((0, 1), (2, 3))]
     schedulers = [FreezeScheduler(half, model) for half in halves]
-    whole = make(reference.parameters())
+    whole = momentum(reference.parameters())
     scheduler = FreezeScheduler(whole, reference)
     for step, batch in zip(range(STEPS), batches(), strict=False):
         backward(model, batch)

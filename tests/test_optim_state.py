@@ -30,7 +30,7 @@ from torch.optim import lr_scheduler as lrs
 from fxfreeze.schedule import FreezeOut, Milestones, Schedule
 
 
-def train(model: Marked, optimizer: Optimizer, schedulers: Sequence[Any], steps: range) -> list[Tensor]:
+def train(model: Model, optimizer: Optimizer, schedulers: Sequence[Any], steps: range) -> list[Tensor]:
     """Train over the batches of `steps`; the weights and the optimizer's state after each."""
     seen = []
     for step, batch in zip(range(steps.stop), batches(), strict=False):
@@ -56,18 +56,20 @@ def through_a_file(state: Any) -> Any:
 @pytest.mark.parametrize("order", list(itertools.permutations(["model", "optimizer", "scheduler"])))
 @pytest.mark.parametrize("at", [0, 4, 5, 6, 8, 12])
 @pytest.mark.parametrize("name", ["sgd momentum", "adamw foreach", "adamw fused", "adagrad", "counting"])
-def test_resume(name: str, at: int, order: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_resume(name: str, at: int, order: tuple[str, ...], make: Callable[..., Any]) -> None:
     """Saved after `at` steps (a unit freezes at 5, 8 and 11) and loaded in any order, training goes on bit for bit."""
 
-    def start(seed: int, schedule: Schedule) -> tuple[Marked, Optimizer, Any, Any]:
-        model = Marked(network(seed), schedule)
+    def start(seed: int, schedule: Schedule) -> tuple[Any, Optimizer, Any, Any]:
+        model = make(network(seed), schedule)
         optimizer = OPTIMIZERS[name](model.parameters())
         rates = lrs.ExponentialLR(optimizer, 0.9)
         return model, optimizer, rates, FreezeScheduler(optimizer, model)
 
     model, optimizer, rates, scheduler = start(0, freezing())
     train(model, optimizer, (rates, scheduler), range(at))
-    model.decisions = [{"segment": [0, 1], "backend": "plain"}]
+    decisions = model._decisions() or [Decision("0", "plain", "torch.float32")._asdict()]
+    model._load_decisions(decisions)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "rates": rates}
     saved = through_a_file({key: part.state_dict() for key, part in parts.items()})
     expected = train(model, optimizer, (rates, scheduler), range(at, STEPS))
@@ -79,15 +81,17 @@ def test_resume(name: str, at: int, order: tuple[str, ...]) -> None:
         parts[part].load_state_dict(saved[part])
     assert scheduler.last_step == at
     assert repr(model.schedule) == repr(freezing())
-    assert model.decisions == [{"segment": [0, 1], "backend": "plain"}]
+    assert model._decisions() == decisions
+    assert is_frozen_for_good(model, optimizer)
     assert same(train(model, optimizer, (rates, scheduler), range(at, STEPS)), expected)
     assert is_frozen_for_good(model, optimizer)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["model", "optimizer", "scheduler"])))
-def test_going_back_in_the_same_process(order: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_going_back_in_the_same_process(order: tuple[str, ...], make: Callable[..., Any]) -> None:
     """A shallower checkpoint loaded into a deeper run lowers the depth, and the thawed units have their state again."""
-    model = Marked(network(), freezing())
+    model = make(network(), freezing())
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
     scheduler = FreezeScheduler(optimizer, model)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -100,6 +104,20 @@ def test_going_back_in_the_same_process(order: tuple[str, ...]) -> None:
     assert model.depth == 0
     assert all(p.requires_grad for p in model.parameters())
     assert same(train(model, optimizer, (scheduler,), range(4, STEPS)), expected)
+
+
+def test_loading_drops_the_state_of_frozen_units_at_once() -> None:
+    """An optimizer that is not loaded and made its state for every parameter when it was built, as Adagrad does."""
+    model = Marked(network(), freezing())
+    scheduler = FreezeScheduler(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for _ in range(6):
+        scheduler.step()
+    fresh = Marked(network(), freezing())
+    optimizer = torch.optim.Adagrad(fresh.parameters(), lr=0.1)
+    FreezeScheduler(optimizer, fresh).load_state_dict(scheduler.state_dict())
+    assert fresh.depth == 1
+    assert len(optimizer.state) == 6
+    assert is_frozen_for_good(fresh, optimizer)
 
 
 def test_state_is_json() -> None:
@@ -143,8 +161,9 @@ def test_a_foreign_state_changes_nothing(changes: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-def test_copies_go_on_by_themselves(clone: Callable[[Any], Any]) -> None:
-    model = Marked(network(), freezing())
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_copies_go_on_by_themselves(clone: Callable[[Any], Any], make: Callable[..., Any]) -> None:
+    model = make(network(), freezing())
     optimizer = OPTIMIZERS["sgd momentum"](model.parameters())
     scheduler = FreezeScheduler(optimizer, model)
     train(model, optimizer, (scheduler,), range(6))

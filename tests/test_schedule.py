@@ -99,6 +99,14 @@ def test_first_freeze_step(total: int, t0: float, how: str, step: int) -> None:
     assert FreezeOut(total, t0, how).freeze_steps(chain(3))[0] == step
 
 
+def test_a_frozen_unit_is_at_zero_and_a_live_one_is_not() -> None:
+    # 0.512 * 1000 is 512 and noise: frozen at 512, at exactly 0. 0.51200000001 * 1000 is 10 billionths of a step more:
+    # live at 512, with a rate below what 1 + cos can resolve.
+    assert FreezeOut(1000).factors(512, chain(3))[0] == 0.0
+    assert FreezeOut(1000).factors(511, chain(3))[0] > 0.0
+    assert 0.0 < FreezeOut(1000, 0.51200000001, "linear").factors(512, chain(3))[0] < 1e-20
+
+
 def test_defaults_are_the_papers() -> None:
     assert repr(FreezeOut(1000)) == "FreezeOut(total_steps=1000, t0=0.8, how='cubic', scale_lr=True)"
 

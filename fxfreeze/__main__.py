@@ -1,0 +1,7 @@
+"""`python -m fxfreeze` is the command `fxfreeze`."""
+
+import sys
+
+from fxfreeze.cli import main
+
+sys.exit(main())

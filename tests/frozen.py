@@ -1,0 +1,77 @@
+"""A network wholly frozen: its graph as the passes and the runtime are handed it, and what its forward dispatches."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxfreeze.inputs import flatten_inputs
+from fxfreeze.rewrite import Pass
+from fxfreeze.runtime import Computation, Segment, build
+from fxfreeze.split import split
+from fxfreeze.trace import trace
+from fxfreeze.units import Ownership, Unit
+
+
+def plain_graph(net: nn.Module, *inputs: Any) -> GraphModule:
+    """The graph of ``net`` in eval mode, all of it prefix."""
+    net.eval()
+    modules = {name: 0 for name, _ in net.named_modules() if name}
+    parameters = {name: 0 for name, _ in net.named_parameters()}
+    units = (Unit("all", tuple(modules), tuple(parameters)), Unit("head", (), ()))
+    traced = trace(net, *flatten_inputs(net, inputs, {}))
+    return split(net, traced, Ownership(units, modules, parameters), 1).prefix
+
+
+def frozen(
+    net: nn.Module, *inputs: Any, passes: Sequence[Pass], autocast: torch.dtype | None = None, overrides: bool = True
+) -> Segment:
+    """``net`` as one built segment. autocast: the dtype that it computes in; the caller's own is off."""
+    computation = Computation("cpu", autocast, overrides=overrides and autocast is not None)
+    return build((0, 1), plain_graph(net, *inputs), inputs, computation, passes)
+
+
+def settle(net: nn.Module) -> nn.Module:
+    """Give norms statistics and weights that are not 0 and 1, without which a fold can hardly be wrong."""
+    with torch.no_grad():
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if tensor.is_floating_point() and tensor.dim() == 1:
+                low, high = (0.4, 2.0) if name.endswith(("running_var", "weight")) else (-1.0, 1.0)
+                tensor.uniform_(low, high)
+    return net
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.sources: list[tuple[str, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        self.sources += [(func.overloadpacket.__name__, args[0])] if args and isinstance(args[0], Tensor) else []
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(call: Callable[[], Any]) -> Counter[str]:
+    """How often ``call`` dispatches each ATen operator, by name."""
+    with _Counting() as mode:
+        call()
+    return mode.counts
+
+
+def norms_run(call: Callable[[], Any]) -> int:
+    """How many batch-norm kernels ``call`` dispatches."""
+    return sum(count for name, count in dispatched(call).items() if "batch_norm" in name)
+
+
+def casts_of(call: Callable[[], Any], tensors: Sequence[Tensor]) -> int:
+    """How often ``call`` casts one of ``tensors``."""
+    with _Counting() as mode:
+        call()
+    places = {t.data_ptr() for t in tensors}
+    return sum(name in ("_to_copy", "to") and source.data_ptr() in places for name, source in mode.sources)

@@ -1,0 +1,181 @@
+"""Whether a frozen model computes what the original does with its frozen units in eval and without gradients.
+
+Everything is compared in float64: outputs, gradients of the live parameters, buffers and random numbers drawn. What
+the suffix must not write into, boundary tensors and the caller's inputs, is compared with copies, and by version.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+import fxfreeze
+from fxfreeze.runtime import Prefix, relative_error
+from fxfreeze.units import Unit
+
+TOLERANCE = 1e-10  # relative error by norm, float64
+
+
+class Never:
+    """A schedule that freezes nothing, so that tests set the depth by hand."""
+
+    def depth(self, step: int, units: Sequence[Unit]) -> int:
+        return 0
+
+    def factors(self, step: int, units: Sequence[Unit]) -> tuple[float, ...]:
+        return (1.0,) * len(units)
+
+    def freeze_steps(self, units: Sequence[Unit]) -> tuple[int | None, ...]:
+        return (None,) * len(units)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+def freezable(net: nn.Module, **options: Any) -> fxfreeze.FreezableModel:
+    """`net` compiled at depth 0."""
+    return fxfreeze.compile(net, Never(), **options)
+
+
+def settle(net: nn.Module, seed: int = 0) -> nn.Module:
+    """`net` in float64 with no parameter constant, no gain near zero, and running statistics that are not 0 and 1."""
+    net = net.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() < 2:
+                p.add_(0.3 * torch.rand(p.shape, generator=generator, dtype=p.dtype) + 0.1)
+        for name, buffer in net.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator, dtype=buffer.dtype))
+            elif name.endswith("running_var"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype) + 0.5)
+    return net
+
+
+def freeze_by_hand(net: nn.Module, units: Sequence[Unit]) -> None:
+    """The reference: modules of frozen units in eval, their parameters without gradient."""
+    for unit in units:
+        for name in unit.modules:
+            net.get_submodule(name).training = False
+        for name in unit.parameters:
+            net.get_parameter(name).requires_grad_(False)
+
+
+def assert_parity(
+    net: nn.Module,
+    calls: Sequence[Any],
+    *,
+    depths: Sequence[int] | None = None,
+    modes: Sequence[bool] = (True, False),
+    surgery: bool = True,
+    **options: Any,
+) -> fxfreeze.FreezableModel:
+    """Compare at every depth, in train and in eval mode, over ``calls`` in turn; the last model made is returned.
+
+    calls: the arguments of one forward each, a tuple or a dict; surgery: whether a prefix must have run.
+    """
+    net.train()
+    count = len(freezable(copy.deepcopy(net), **options).units)
+    assert count > 1, "a network of one unit freezes nothing"
+    for depth in range(1, count) if depths is None else depths:
+        for training in modes:
+            reference = copy.deepcopy(net)
+            model = freezable(copy.deepcopy(net), **options)
+            model.freeze(depth)
+            where = f"depth {depth} of {count}, {'train' if training else 'eval'}"
+            for number, call in enumerate(calls):
+                model.train(training)
+                reference.train(training)
+                freeze_by_hand(reference, model.units[:depth])
+                _compare(model, reference, call, number, f"{where}, call {number}", surgery)
+    return model
+
+
+def _compare(
+    model: fxfreeze.FreezableModel, reference: nn.Module, call: Any, seed: int, where: str, surgery: bool
+) -> None:
+    args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+    expected_args, expected_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    versions = [t._version for t in _tensors((args, kwargs))]
+    kept = [t.clone() for t in _tensors((args, kwargs))]
+
+    torch.manual_seed(seed)
+    with boundaries() as crossed:
+        outputs = model(*args, **kwargs)
+        grads = _backward(model, outputs)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(seed)
+    expected = reference(*expected_args, **expected_kwargs)
+    expected_grads = _backward(reference, expected)
+
+    assert torch.equal(torch.get_rng_state(), drawn), f"{where}: other random numbers were drawn"
+    assert pytree.tree_structure(outputs) == pytree.tree_structure(expected), f"{where}: another output structure"
+    for ours, theirs in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True):
+        _assert_close(ours, theirs, f"{where}: an output")
+    assert grads.keys() == expected_grads.keys(), f"{where}: other parameters have gradients"
+    # Some gradients are zero but for rounding (of a bias before a batch norm), so all are measured against the largest.
+    largest = max((float(g.norm()) for g in expected_grads.values()), default=0.0)
+    for name, grad in grads.items():
+        error = float((grad - expected_grads[name]).norm())
+        assert error <= TOLERANCE * largest, f"{where}: the gradient of {name} is off by {error:.1e} (largest: {largest:.1e})"
+    for (name, ours), (_, theirs) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
+        _assert_close(ours, theirs, f"{where}: buffer {name}")
+    for now, before, version in zip(_tensors((args, kwargs)), kept, versions, strict=True):
+        assert torch.equal(now, before), f"{where}: the caller's input was written into"
+        assert now._version == version, f"{where}: the caller's input was written into"
+    assert crossed or not surgery, f"{where}: no prefix ran"
+    for tensor, version, copied in crossed:
+        assert torch.equal(tensor, copied), f"{where}: the suffix wrote into a boundary tensor"
+        assert tensor._version == version, f"{where}: the suffix wrote into a boundary tensor"
+
+
+@contextmanager
+def boundaries() -> Iterator[list[tuple[Tensor, int, Tensor]]]:
+    """Collects what prefixes hand over: (tensor, its version, a copy)."""
+    crossed: list[tuple[Tensor, int, Tensor]] = []
+    run: Callable[..., tuple[Any, ...]] = Prefix.__call__
+
+    def recorded(self: Prefix, *tensors: Any) -> tuple[Any, ...]:
+        outputs = run(self, *tensors)
+        crossed.extend((t, t._version, t.clone()) for t in _tensors(outputs))
+        return outputs
+
+    Prefix.__call__ = recorded  # type: ignore[method-assign]
+    try:
+        yield crossed
+    finally:
+        Prefix.__call__ = run  # type: ignore[method-assign]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _backward(net: nn.Module, outputs: Any) -> dict[str, Tensor]:
+    """Gradients, by parameter, of a sum over all outputs that weighs no two elements alike."""
+    terms = []
+    for i, t in enumerate(_tensors(outputs)):
+        if t.requires_grad:
+            weights = torch.linspace(-1, 1 + i, max(1, t.numel()), dtype=t.dtype)[: t.numel()].view(t.shape)
+            terms.append((t.sin() * weights).sum())
+    for p in net.parameters():
+        p.grad = None
+    if terms:
+        torch.stack(terms).sum().backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def _assert_close(ours: Any, theirs: Any, what: str) -> None:
+    if not isinstance(theirs, Tensor):
+        assert ours == theirs, f"{what} is {ours!r}, not {theirs!r}"
+        return
+    error = relative_error(ours.detach(), theirs.detach())
+    assert error <= TOLERANCE, f"{what} has the relative error {error:.1e}"
