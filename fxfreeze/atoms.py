@@ -153,7 +153,7 @@ class Atoms:
         innermost = node.meta["scope"][-1] if node.meta["scope"] else ""
         if innermost and innermost not in self.modules:
             module = self.net.get_submodule(innermost)
-            grouping = _count_weighted(module) > 0
+            grouping = _count_weighted(module) > _weighted(module)
             plain = type(module).__module__.startswith("torch.nn.") and not isinstance(module, _RANDOM)
             if not grouping and (any(True for _ in module.parameters()) or not plain):
                 yield innermost, False

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxfreeze.imports import ChoiceError
+from fxfreeze.imports import ChoiceError, one_line
 
 FORMAT = 1
 
@@ -40,7 +40,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ChoiceError(f"{path} can't be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ChoiceError(f"{path} can't be read as a checkpoint: {one_line(error)}") from error
     if not isinstance(content, dict) or content.get("fxfreeze") != FORMAT:
         raise ChoiceError(f"{path} is not a checkpoint of `fxfreeze train` in format {FORMAT}")
     return content["run"], content["about"]

@@ -78,8 +78,8 @@ def load(name: str, root: Path, download: bool) -> tuple[Images, Images, Images]
         _download(source, root)
     elif missing:
         raise DataError(
-            f"{name}: no file {missing[0]} in {folder}; name the folder that holds {source.folder} as the root, "
-            "or allow the download"
+            f"{name}: no file {missing[0]} in {folder}; name the folder that holds {source.folder} with root= "
+            "(--data-root), or allow the download with download=True (--download)"
         )
     batches = [_read(folder / file, source) for file in source.train]
     whole = Images(torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches]))

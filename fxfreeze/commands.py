@@ -158,7 +158,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def _predict(contest: Contest, seed: int) -> report.Prediction:
-    planned = cost.plan(contest.task.build(seed), scheduled(contest), (contest.task.train.images[:1],))
+    planned = cost.plan(contest.task.build(seed), scheduled(contest), (contest.task.train.images[:2],))
     return report.Prediction(planned.saving(cached=False), planned.saving(cached=True))
 
 

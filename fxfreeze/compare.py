@@ -19,7 +19,7 @@ from fxfreeze.batches import Batches, Split
 from fxfreeze.model import compile
 from fxfreeze.recipes import Recipe, Settings, plain, plain_short
 from fxfreeze.schedule import FreezeOut
-from fxfreeze.train import Record, Run, logits_of, mark_eval
+from fxfreeze.train import Record, Run, logits_of
 
 WARM_UP_STEPS = 3
 LEAST_EVALUATIONS = 10
@@ -103,7 +103,7 @@ def compare(
         probe = _run(net, plain(run.recipe.steps), arena)
         runs["plain-short"] = run
         alternate(run, probe, arena, watch, stop)
-        if probe.step:
+        if probe.step and run.step:
             drift = _step_seconds(probe) / step_seconds
             identical = _step_seconds(run) / _step_seconds(probe)
     finished = all(run.done for run in runs.values()) and ("plain-short" in runs or not short)
@@ -155,13 +155,11 @@ def step_flops(net: nn.Module, split: Split, batch_size: int, depths: Iterable[i
     Counted by torch's counter on a copy, with two samples: the count is linear in the batch.
     """
     images, labels = split.images[:2], split.labels[:2]
-    model = compile(copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,))
+    model = compile(copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,)).train()
     counts = {}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         for depth in sorted(depths):
             model.freeze(depth)
-            model.original.train()
-            mark_eval(model)
             with FlopCounterMode(display=False) as counter:
                 loss = F.cross_entropy(logits_of(model.original(images)), labels)
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -25,7 +25,8 @@ class Derived:
         self.ownership = ownership
         self.precision = precision
         self.decisions: dict[tuple[int, int, str], Decision] = {}
-        self.surgery = Surgery(net, ownership, 0, precision, self.decisions)
+        self.warned: set[str] = set()
+        self.surgery = Surgery(net, ownership, 0, precision, self.decisions, self.warned)
         self.start(0)
 
     def start(self, depth: int) -> None:
@@ -36,11 +37,16 @@ class Derived:
         self.frozen = [self.net.get_submodule(name) for unit in frozen for name in unit.modules]
         self._slots = [slot for unit in frozen for slot in _slots(self.net, unit)]
         self._seen: list[tuple[int, int, int]] = []
-        self.surgery = Surgery(self.net, self.ownership, depth, self.precision, self.decisions, self.surgery.seconds)
+        self.surgery = Surgery(
+            self.net, self.ownership, depth, self.precision, self.decisions, self.warned, self.surgery.seconds
+        )
 
     def current(self) -> Surgery:
         """The plans: new ones if a frozen tensor is another, lies elsewhere, or was written into."""
-        tensors = [tensor for owner, name in self._slots if (tensor := owner[name]) is not None]
+        tensors = [tensor for owner, name in self._slots if (tensor := owner.get(name)) is not None]
+        for tensor in tensors:
+            if tensor.requires_grad and tensor.is_leaf:  # thawed behind the model's back, or put in another's place
+                tensor.requires_grad_(False)
         seen = [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
         if seen != self._seen:
             self.start(self.depth)
@@ -54,9 +60,12 @@ class Derived:
                 module.training = False
 
     def modes(self) -> tuple[Any, ...]:
-        """Training flags and the number of hooks: what besides the inputs decides a trace."""
-        hooks = sum([len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules])
-        return tuple([m.training for m in self.modules]), hooks
+        """Training flags and numbers of hooks: what besides the inputs decides a trace."""
+        hooks = [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) + len(m._backward_pre_hooks)
+            for m in self.modules
+        ]
+        return tuple([m.training for m in self.modules]), tuple(hooks) if any(hooks) else ()
 
 
 def _slots(net: nn.Module, unit: Unit) -> list[tuple[dict[str, Any], str]]:

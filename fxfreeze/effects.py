@@ -6,6 +6,7 @@ what has no schema and is not known here is taken to write into and to alias all
 """
 
 import builtins
+import dataclasses
 import functools
 import inspect
 import math
@@ -19,7 +20,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-__all__ = "Alias Effects Memory effects name_of silenced".split()
+from fxfreeze.regions import without_grad
+
+__all__ = "Alias Effects Memory effects name_of reshapes silenced".split()
 
 
 class Alias(Enum):
@@ -47,7 +50,8 @@ _MAYBE_VIEW = frozenset(
     (
         "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 int long short "
         "bool cpu cuda cfloat cdouble pad interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle "
-        "broadcast_to resolve_conj resolve_neg dropout dropout1d dropout2d dropout3d alpha_dropout "
+        "broadcast_to broadcast_tensors meshgrid cartesian_prod unsafe_chunk unsafe_split sum_to_size byte char short "
+        "conj_physical resolve_conj resolve_neg dropout dropout1d dropout2d dropout3d alpha_dropout "
         "feature_alpha_dropout feature_dropout stochastic_depth atleast_1d atleast_2d atleast_3d "
         "nan_to_num block_diag einsum matrix_power requires_grad_"
     ).split()
@@ -62,6 +66,10 @@ _TRAINING_ONLY = frozenset(
 _ALIASING_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd, nn.Flatten, nn.Unflatten, nn.Upsample, nn.PixelShuffle)
 _RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 _VIEW_ATTRIBUTES = frozenset("T mT H mH real imag data".split())
+# Change the shape of the tensor that they return; so may a write into ``out=``.
+_RESHAPING = frozenset(
+    "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_".split()
+)
 _IN_PLACE = frozenset(
     getattr(operator, name)
     for name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
@@ -73,6 +81,11 @@ def name_of(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+def reshapes(node: Node) -> bool:
+    """Whether a write into a tensor may change its shape or strides."""
+    return name_of(node) in _RESHAPING or node.kwargs.get("out") is not None
+
+
 def effects(node: Node, modules: Callable[[str], nn.Module]) -> Effects:
     """What ``node`` does to memory and to the random state; ``modules`` finds a module by qualified name."""
     inputs = tuple(n for n in node.all_input_nodes if not n.meta.get("scalar", False))
@@ -81,17 +94,20 @@ def effects(node: Node, modules: Callable[[str], nn.Module]) -> Effects:
     if node.op not in ("call_function", "call_method") or node.meta.get("scalar", False):
         return Effects()
     name, first = name_of(node), inputs[:1]
-    if node.op == "call_function" and (known := _python_effects(node, name, inputs)):
+    if known := _python_effects(node, inputs):
         return known
     random = _is_random(node, name)
+    if name.startswith("_foreach_"):  # in place on every tensor of the first list, or copies
+        writes = _nodes(node.args[0]) if name.endswith("_") else ()
+        return Effects(writes=writes, aliases=writes, alias=Alias.MAYBE if writes else Alias.NEVER, random=random)
     if name.endswith("_") and not name.endswith("__"):
         return Effects(writes=first, aliases=first, alias=Alias.SAME, random=random)
-    if isinstance(out := node.kwargs.get("out"), Node):
-        return Effects(writes=(out,), aliases=(out,), alias=Alias.SAME, random=random)
+    if out := _nodes(node.kwargs.get("out")):
+        return Effects(writes=out, aliases=out, alias=Alias.SAME if len(out) == 1 else Alias.MAYBE, random=random)
     if _argument(node, "inplace", False) is True:
         return Effects(writes=first, aliases=first, alias=Alias.SAME, random=random)
     if name in _MAYBE_VIEW:
-        return Effects(aliases=first, alias=Alias.MAYBE, random=random)
+        return Effects(aliases=inputs, alias=Alias.MAYBE, random=random)
     return _schema_effects(name, node, inputs, random)
 
 
@@ -100,7 +116,7 @@ def _module_effects(node: Node, module: nn.Module, inputs: tuple[Node, ...]) -> 
         type(module).__module__.startswith("torch.nn.") and not module._forward_hooks and not module._forward_pre_hooks
     )
     if not known or "parametrizations" in module._modules:
-        return Effects(writes=inputs, aliases=inputs, alias=Alias.MAYBE, random=module.training, opaque=True)
+        return Effects(writes=inputs, aliases=inputs, alias=Alias.MAYBE, random=True, opaque=True)
     random = module.training and _draws(module)
     if getattr(module, "inplace", False) is True:
         return Effects(writes=inputs[:1], aliases=inputs[:1], alias=Alias.SAME, random=random)
@@ -113,9 +129,13 @@ def _draws(module: nn.Module) -> bool:
     return any(isinstance(m, _RANDOM_MODULES) or bool(getattr(m, "dropout", 0)) for m in module.modules())
 
 
-def _python_effects(node: Node, name: str, inputs: tuple[Node, ...]) -> Effects | None:
+def _python_effects(node: Node, inputs: tuple[Node, ...]) -> Effects | None:
     """Effects of functions of ``operator``, ``math`` and ``builtins``; None for any other function."""
     first, target = inputs[:1], node.target
+    if isinstance(target, str):  # x.__setitem__(...) is operator.setitem(x, ...); other methods are none of these
+        target = getattr(operator, target.strip("_"), target) if target.startswith("__") else target
+    if target is without_grad:
+        return Effects(aliases=inputs, alias=Alias.VIEW)
     if target is operator.setitem:
         return Effects(writes=first)
     if target is operator.getitem:
@@ -125,6 +145,8 @@ def _python_effects(node: Node, name: str, inputs: tuple[Node, ...]) -> Effects 
     if target in _IN_PLACE:
         return Effects(writes=first, aliases=first, alias=Alias.SAME)
     module = getattr(target, "__module__", None)
+    if target is operator.pos:
+        return Effects(aliases=first, alias=Alias.MAYBE)
     if module in ("_operator", math.__name__):
         return Effects()
     if module == builtins.__name__ or isinstance(target, type):
@@ -138,10 +160,16 @@ def _copies(index: Any) -> bool:
     return any(isinstance(i, list) or (isinstance(i, Node) and not i.meta.get("scalar", False)) for i in parts)
 
 
+def _nodes(value: Any) -> tuple[Node, ...]:
+    """The nodes in an argument that is one, or a tuple or list of them."""
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(n for n in parts if isinstance(n, Node))
+
+
 def _written_statistics(node: Node, name: str) -> tuple[Node, ...]:
     """The running statistics that a functional normalisation in training mode updates."""
-    training = {"batch_norm": "training", "instance_norm": "use_input_stats"}.get(name)
-    if training is None or _argument(node, training, False) is False:
+    training = {"batch_norm": ("training", False), "instance_norm": ("use_input_stats", True)}.get(name)
+    if training is None or _argument(node, *training) is False:
         return ()
     statistics = (_argument(node, "running_mean", None), _argument(node, "running_var", None))
     return tuple(n for n in statistics if isinstance(n, Node))
@@ -149,7 +177,7 @@ def _written_statistics(node: Node, name: str) -> tuple[Node, ...]:
 
 def _schema_effects(name: str, node: Node, inputs: tuple[Node, ...], random: bool) -> Effects:
     owner = getattr(node.target, "__module__", None) or "torch"
-    known = hasattr(torch.Tensor, name) if node.op == "call_method" else owner.startswith(("torch.", "torch", "_"))
+    known = hasattr(torch.Tensor, name) if node.op == "call_method" else owner.startswith(("torch", "_", "fxfreeze."))
     kind = _schema_alias(name)
     if not known:
         return Effects(writes=inputs, aliases=inputs, alias=Alias.MAYBE, random=True, opaque=True)
@@ -234,7 +262,7 @@ class Memory:
         for node in self.graph.nodes:
             self._parent[node] = node
             readers[node], writers[node] = set(), set()
-            does = self.effects[node] = effects(node, self.modules)
+            does = self.effects[node] = self._with_buffers(node, effects(node, self.modules))
             depends = self.depends[node] = set(node.all_input_nodes)
             written = {self.class_of(n) for n in does.writes}
             for n in node.all_input_nodes:
@@ -248,6 +276,16 @@ class Memory:
                 writers[c], readers[c] = {node}, set()
             for n in does.aliases:
                 self._union(n, node, readers, writers)
+
+    def _with_buffers(self, node: Node, does: Effects) -> Effects:
+        """Add to what a module writes the buffers of its own that the graph reads elsewhere (running statistics)."""
+        if node.op != "call_module" or not (does.opaque or self.modules(str(node.target)).training):
+            return does
+        inside = f"{node.target}."
+        buffers = {name for name, _ in self.modules(str(node.target)).named_buffers()}
+        read = (n for n in self.graph.nodes if n.op == "get_attr" and str(n.target).startswith(inside))
+        written = tuple(n for n in read if str(n.target).removeprefix(inside) in buffers)
+        return dataclasses.replace(does, writes=does.writes + written) if written else does
 
     def class_of(self, node: Node) -> Node:
         """The representative of the nodes that may share memory with ``node``."""

@@ -9,9 +9,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "TraceRefusal", "flatten_inputs", "required_inputs"]
+__all__ = ["BAKED", "Inputs", "TraceRefusal", "flatten_inputs", "required_inputs"]
 
-_BAKED = (
+BAKED = (
     *(type(None), bool, int, float, complex, str, bytes),
     *(torch.dtype, torch.device, torch.memory_format, torch.layout, type),
 )
@@ -57,7 +57,7 @@ def flatten_inputs(net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             leaves.append(Tensor)
             names.append(name)
             tensors.append(leaf)
-        elif isinstance(leaf, _BAKED):
+        elif isinstance(leaf, BAKED):
             leaves.append(leaf)
         else:
             raise TraceRefusal(

@@ -158,8 +158,9 @@ class FreezableModel(nn.Module):
     def __init__(
         self, net: nn.Module, schedule: Schedule, ownership: Ownership, backend: str, precision: torch.dtype | None
     ) -> None:
-        # Names, order, hooks and nesting are the original's because the dictionaries are.
-        self.__dict__.update({key: value for key, value in vars(net).items() if key in vars(nn.Module())})
+        # Names, order, hooks and nesting are the original's because the dictionaries are; flags are looked up there.
+        shared = [key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set))]
+        self.__dict__.update({key: vars(net)[key] for key in shared})
         self.original = net
         self.schedule = schedule
         self.backend = backend
@@ -257,7 +258,7 @@ class FreezableModel(nn.Module):
             )
         device = tensors[0].device.type if tensors else "cpu"
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (plan_key(leaves, spec), self._derived.modes(), autocast)
+        key = (plan_key(leaves, spec), self._derived.modes(), autocast, torch.is_grad_enabled())
         plan = surgery.plan(key, leaves, args, kwargs)
         if plan is None:
             return self.original.forward(*args, **kwargs)
@@ -267,7 +268,6 @@ class FreezableModel(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         self.original.train(mode)
-        self.__dict__["training"] = mode
         self._derived.assert_frozen()
         return self
 
@@ -286,6 +286,7 @@ class FreezableModel(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.refresh()
         return self
 
     def extra_repr(self) -> str:

@@ -129,8 +129,10 @@ def stop_on_interrupt(console: Console) -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.requested = True
-        signal.signal(signal.SIGINT, before)
-        console.print("Stopping after this step; press Ctrl-C again to leave at once.", highlight=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        console.print(
+            "Stopping after this step to score and keep what was trained; Ctrl-C again leaves at once.", highlight=False
+        )
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -5,6 +5,8 @@ for ``x = x + y``. These proxies answer on fake tensors of the example inputs' s
 record the mutations.
 """
 
+import builtins
+import contextlib
 import dis
 import math
 import operator
@@ -14,13 +16,17 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import Function
 from torch.fx import Node
 from torch.fx.proxy import Proxy
 
-__all__ = ["TracedProxy", "is_scalar"]
+from fxfreeze.inputs import TraceRefusal
+
+__all__ = ["SCALAR_NAMES", "TracedProxy", "is_scalar", "taken_for_tensors"]
 
 # Attributes and methods of a tensor that give something else than a tensor.
-_SCALAR_NAMES = frozenset(
+SCALAR_NAMES = frozenset(
     (
         "shape dtype device ndim layout is_cuda is_cpu is_mps is_xpu is_sparse is_quantized is_nested is_complex "
         "is_floating_point is_contiguous requires_grad itemsize nbytes size dim ndimension numel nelement stride "
@@ -37,11 +43,11 @@ _SCALAR_FUNCTIONS = frozenset(
 def is_scalar(node: Node) -> bool:
     """Whether the value of ``node`` is a size, flag or number that Python computed from shapes, not a tensor."""
     if node.op == "call_method":
-        return node.target in _SCALAR_NAMES
+        return node.target in SCALAR_NAMES
     if node.op != "call_function":
         return False
     if node.target is getattr:
-        return node.args[1] in _SCALAR_NAMES
+        return node.args[1] in SCALAR_NAMES
     inputs = node.all_input_nodes
     return node.target in _SCALAR_FUNCTIONS and bool(inputs) and all(n.meta.get("scalar", False) for n in inputs)
 
@@ -51,11 +57,6 @@ class TracedProxy(Proxy):
 
     tracer: Any
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # User code branches on isinstance(x, Tensor); a size must not take that branch.
-        return type(self) if self._is_scalar() else torch.Tensor
-
     def _is_scalar(self) -> bool:
         return bool(self.node.meta["scalar"])
 
@@ -63,6 +64,14 @@ class TracedProxy(Proxy):
         if k.startswith("_"):
             raise AttributeError(f"private attribute {k} of a traced value")
         return _TracedAttribute(self, k)
+
+    def __setattr__(self, k: str, v: Any) -> None:
+        if k in ("data", "grad", "requires_grad"):
+            raise TraceRefusal(f"{k} of a traced value is assigned")
+        super().__setattr__(k, v)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedProxy":
+        raise TraceRefusal("a traced value is deepcopied: clone it")
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -119,7 +128,7 @@ class _TracedAttribute(TracedProxy):
         self._node: Node | None = None
 
     def _is_scalar(self) -> bool:
-        return self.attr in _SCALAR_NAMES
+        return self.attr in SCALAR_NAMES
 
     @property
     def node(self) -> Node:  # type: ignore[override]
@@ -129,3 +138,35 @@ class _TracedAttribute(TracedProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+_isinstance = builtins.isinstance
+_apply = Function.__dict__["apply"]
+
+
+@contextlib.contextmanager
+def taken_for_tensors() -> Iterator[None]:
+    """Within, ``isinstance(value, Tensor)`` holds for a traced value that is no size; custom functions refuse them.
+
+    The built-in is replaced because the honest ways, ``__class__`` and ``__instancecheck__``, also tell C++ that a proxy
+    is a tensor: it then reads the proxy's memory as one, and the process dies (``torch.tensor(x)``, ``Function.apply``).
+    """
+
+    def isinstance_or_traced(obj: Any, kind: Any) -> bool:
+        if _isinstance(obj, kind):
+            return True
+        # User code branches on isinstance(x, Tensor); a size must not take that branch.
+        return issubclass(type(obj), TracedProxy) and issubclass(Tensor, kind) and not obj._is_scalar()
+
+    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(a), Proxy) for a in (*args, *kwargs.values())):
+            raise TraceRefusal(f"{cls.__qualname__} is an autograd.Function, whose backward a trace can't see")
+        return _apply.__get__(None, cls)(*args, **kwargs)
+
+    builtins.isinstance = isinstance_or_traced
+    Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = _isinstance
+        Function.apply = _apply

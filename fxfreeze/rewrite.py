@@ -16,19 +16,36 @@ from torch.fx import GraphModule, Node
 
 from fxfreeze.effects import Memory
 
-__all__ = ["Op", "Outcome", "Pass", "constant", "hold", "op_of", "other_user", "place", "run_passes"]
+__all__ = [
+    "Op",
+    "Outcome",
+    "Pass",
+    "PassError",
+    "constant",
+    "forget",
+    "hold",
+    "op_of",
+    "other_user",
+    "place",
+    "run_passes",
+]
 
 
 class Outcome(NamedTuple):
-    """What a pass did at one place. done: the graph was rewritten there; what: into what, or why not."""
+    """What a pass did at one place. done: the graph was rewritten there; what: how ("folded"); why: the reason, or ""."""
 
     name: str
     place: str
     done: bool
     what: str
+    why: str = ""
 
 
 Pass = Callable[[GraphModule], list[Outcome]]
+
+
+class PassError(RuntimeError):
+    """A pass raised, or left a graph that is none; the message names the pass."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,17 @@ class Op:
 
 
 def run_passes(module: GraphModule, passes: Iterable[Pass]) -> list[Outcome]:
-    """Run each pass, verify the graph after each, and recompile at the end."""
+    """Run each pass, verify the graph after each, and recompile at the end.
+
+    Raises PassError for a defective pass; ``module`` is then of no use.
+    """
     outcomes: list[Outcome] = []
     for rewrite in passes:
-        outcomes += rewrite(module)
-        module.graph.lint()
+        try:
+            outcomes += rewrite(module)
+            module.graph.lint()
+        except Exception as error:  # whatever is wrong with a pass, its caller must hear which it was
+            raise PassError(f"pass {rewrite.__name__} failed: {type(error).__name__}: {error}") from error
     module.recompile()
     return outcomes
 
@@ -106,7 +129,8 @@ def op_of(node: Any, module: GraphModule) -> Op | None:
 
 
 def _module_op(node: Node, layer: nn.Module) -> Op | None:
-    if layer._forward_hooks or layer._forward_pre_hooks or len(node.args) != 1 or node.kwargs:
+    altered = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    if altered or len(node.args) != 1 or node.kwargs:
         return None
     if type(layer) in _BATCH_NORMS:
         arguments = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias", "eps")}
@@ -152,7 +176,7 @@ def constant(value: Any, module: GraphModule) -> Tensor | None:
             return None
         with torch.no_grad():
             value = _evaluate(value, module, {})
-    return value if isinstance(value, Tensor) else None
+    return value.detach() if isinstance(value, Tensor) else None
 
 
 def _evaluate(node: Node, module: GraphModule, known: dict[Node, Any]) -> Any:
@@ -194,3 +218,20 @@ def hold(module: GraphModule, name: str, tensor: Tensor) -> Node:
         unique = f"{base}_{sum(buffer.startswith(base) for buffer in module._buffers)}"
     module.register_buffer(unique, tensor)
     return module.graph.get_attr(unique)
+
+
+def forget(module: GraphModule, op: Op) -> None:
+    """Erase what computed the constants of an operator that is gone, as far as nothing else reads it."""
+    stack = [value for name, value in op.arguments.items() if name != "input" and isinstance(value, Node)]
+    erased: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if not node.users and node not in erased:
+            stack += node.all_input_nodes
+            module.graph.erase_node(node)
+            erased.add(node)
+    names = {str(node.target) for node in erased if node.op == "get_attr"}
+    if names:
+        names -= {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in names & module._buffers.keys():
+        del module._buffers[name]

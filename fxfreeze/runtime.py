@@ -2,8 +2,7 @@
 
 import contextlib
 import time
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from fxfreeze.randomness import random_state_kept
-from fxfreeze.rewrite import Outcome, Pass, run_passes
+from fxfreeze.randomness import RandomState, random_state_kept
+from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
 
 __all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "build"]
 
 # The largest relative error, by norm, that a rewritten segment may show against the original.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 TF32_BOUND = 5e-3  # float32 where cuDNN may round inputs to 10 bits
+DECIDED = "an earlier build decided so"
 _SAMPLES = 4
+_REASONS = 12  # places with a reason that are printed for each thing a pass did
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,7 @@ class Segment:
             f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators (of {_calls(self.plain)} traced), "
             f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
         )
-        done: dict[tuple[str, str], list[str]] = {}
-        for outcome in self.outcomes:
-            kind = outcome.what.split(" into ")[0].split(": ")[-1] if outcome.done else outcome.what
-            kind = kind if not outcome.done or "scale and shift" not in outcome.what else f"scale and shift, {kind}"
-            done.setdefault((outcome.name, f"{'' if outcome.done else 'left alone: '}{kind}"), []).append(outcome.place)
-        lines = [f"  {name}: {len(at)} x {what} ({_few(at)})" for (name, what), at in done.items()]
-        return "\n".join([head, *lines, *(f"  kept live: {note}" for note in self.notes)])
+        return "\n".join([head, *_lines(self.outcomes), *(f"  kept live: {note}" for note in self.notes)])
 
 
 @dataclass
@@ -141,37 +136,42 @@ def build(
 ) -> Segment:
     """Rewrite ``plain`` and compare it with the original on a few samples of ``inputs``.
 
-    span: depths of the two boundaries; rewrite: False runs the plain graph, as a resumed run did before. A rewritten
-    graph past its bound is dropped with a warning that gives the figure. Random state is left as found.
+    span: depths of the two boundaries; rewrite: False runs the plain graph, as an earlier build decided. A rewritten
+    graph that fails, or is past its bound, is dropped: ``reason`` gives the error or the figure. Random state is left as
+    found.
     """
     began = time.perf_counter()
     segment = Segment(*span, plain, computation)
     with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
-        samples, reference = _reference(plain, inputs)
+        samples, reference = _reference(plain, inputs, random)
         segment.formats = tuple(map(_format, reference))
         if not rewrite:
-            segment.reason = "decided before the run was resumed"
+            segment.reason = DECIDED
         else:
-            with computation.context():
-                graph = _rewritable(plain, samples)
-                segment.outcomes = run_passes(graph, passes)
-                random.restore()
-                outputs = graph.forward(*samples)
-            _judge(
-                segment, graph, [_as_original(o, f) for o, f in zip(outputs, segment.formats, strict=True)], reference
-            )
+            try:
+                with computation.context():
+                    graph = _rewritable(plain, samples)
+                    segment.outcomes = run_passes(graph, passes)
+                    random.restore()
+                    outputs = graph.forward(*samples)
+                formats = zip(outputs, segment.formats, strict=True)
+                _judge(segment, graph, [_as_original(value, wanted) for value, wanted in formats], reference)
+            except PassError as error:
+                segment.reason = str(error)
+            except Exception as error:  # noqa: BLE001 - the plain graph just ran, so training must go on with it
+                segment.reason = f"running it failed: {type(error).__name__}: {error}"
     segment.seconds = time.perf_counter() - began
     return segment
 
 
-def _reference(plain: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...]]:
+def _reference(plain: GraphModule, inputs: Sequence[Any], random: RandomState) -> tuple[list[Any], tuple[Any, ...]]:
     """A few samples of the batch, and what the original makes of them; the whole batch where it can't be sliced."""
     few = _first_samples(inputs)
     if few is not None:
         try:
             return few, tuple(plain.forward(*few))
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
-            pass  # a network that ties samples together (pairs, frames) needs the batch it was given
+            random.restore()  # a network that ties samples together (pairs, frames) needs the batch it was given
     return list(inputs), tuple(plain.forward(*inputs))
 
 
@@ -188,6 +188,7 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         n.meta["value"] = value.detach().to("meta") if isinstance(value, Tensor) else None
+        n.meta["device"] = value.device.type if isinstance(value, Tensor) else None
         return value
 
 
@@ -221,11 +222,6 @@ def _judge(segment: Segment, graph: GraphModule, outputs: Sequence[Any], referen
         segment.reason = f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
     else:
         segment.rewritten = graph
-        return
-    warnings.warn(
-        f"the rewritten prefix of {segment.end} units is not used: {segment.reason}. The plain graph runs instead",
-        stacklevel=2,
-    )
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -265,5 +261,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _few(places: list[str]) -> str:
-    return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
+def _lines(outcomes: list[Outcome]) -> Iterator[str]:
+    """A line for each thing that a pass did, and one for each place and reason."""
+    kinds: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault((outcome.name, outcome.what), []).append(outcome)
+    for (name, what), group in kinds.items():
+        few = ", ".join(o.place for o in group[:3]) + (", ..." if len(group) > 3 else "")
+        yield f"  {name}: {len(group)} {what} ({few})"
+        reasons = [o for o in group if o.why]
+        yield from (f"    {o.place}: {o.why}" for o in reasons[:_REASONS])
+        if len(reasons) > _REASONS:
+            yield f"    and {len(reasons) - _REASONS} more, in the segment's outcomes"

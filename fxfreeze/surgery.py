@@ -14,9 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxfreeze.inputs import TraceRefusal, flatten_inputs
+from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.passes import PASSES
-from fxfreeze.runtime import Computation, Prefix, Segment, build
+from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
 from fxfreeze.split import Split, split
 from fxfreeze.trace import trace
 from fxfreeze.units import Ownership
@@ -47,31 +47,34 @@ class Decision(NamedTuple):
 
 
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
-    """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device and layout."""
+    """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device, rank, layout."""
     return spec, tuple(
-        (leaf.dtype, leaf.device, leaf.dim() == 4 and not leaf.is_contiguous())
+        (leaf.dtype, leaf.device, leaf.dim(), leaf.dim() == 4 and not leaf.is_contiguous())
         if isinstance(leaf, Tensor)
-        else (type(leaf), leaf)
+        else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
         for leaf in leaves
     )
 
 
 @dataclass
 class Surgery:
-    """Plans for one network at one depth. decisions: what earlier builds, or those of a resumed run, decided."""
+    """Plans for one network at one depth.
+
+    decisions: what earlier builds, or those of a resumed run, decided; warned: what the user has been told already.
+    """
 
     net: nn.Module
     ownership: Ownership
     depth: int
     precision: torch.dtype | None
     decisions: dict[tuple[int, int, str], Decision]
+    warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
     _plans: dict[Any, Plan] = field(default_factory=dict)
     _bound: set[Any] = field(default_factory=set)
-    _segments: dict[tuple[str, Computation], Segment] = field(default_factory=dict)
-    _refused: dict[Any, str] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set)
+    _segments: dict[tuple[str, Computation], list[Segment]] = field(default_factory=dict)
+    _refused: set[Any] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.prefix = Prefix(self.depth, (), self.seconds)
@@ -81,6 +84,7 @@ class Surgery:
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
         if found is not None:
+            self._shows(found.prefix)
             return found
         if key in self._refused:
             return None
@@ -88,16 +92,22 @@ class Surgery:
         try:
             return self._make(key, args, kwargs)
         except TraceRefusal as refusal:
-            self._refused[key] = str(refusal)
-            warnings.warn(f"this call runs the original, frozen units included: {refusal}", stacklevel=4)
+            self._refused.add(key)
+            self._warn(f"this call runs the original, frozen units included: {refusal}")
             return None
         finally:
             self.seconds += time.perf_counter() - began
-            self.prefix.build_seconds = self.seconds
+            self._shows(self.prefix)
+
+    def _shows(self, prefix: Prefix) -> None:
+        """Make ``prefix`` the one that the model shows: what ran last."""
+        self.prefix = prefix
+        prefix.build_seconds = self.seconds
 
     def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         inputs, tensors = flatten_inputs(self.net, args, kwargs)
-        traced = trace(self.net, inputs, tensors)
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            traced = trace(self.net, inputs, tensors)  # what forward makes may be saved by the tape of a later call
         cut = split(self.net, traced, self.ownership, self.depth)
         self._warn_of_leaves(cut.prefix, traced.leaves)
         segment = self._segment(cut, tensors)
@@ -112,33 +122,50 @@ class Surgery:
         """The built prefix, shared by all traces that have the same one (training and eval, say)."""
         device = next((t.device.type for t in tensors), "cpu")
         computation = Computation.current(device, self.precision)
-        dtypes = ",".join(str(t.dtype) for t in tensors)
-        layouts = ",".join(str(t.stride()[-1:]) for t in tensors)
-        signature = (f"{_signature(cut.prefix)} {dtypes} {layouts} {[t.device for t in tensors]}", computation)
-        if signature not in self._segments:
+        callers = Computation.current(device, None).autocast  # decides the dtypes that the suffix expects
+        given = [(t.dtype, t.device, t.dim(), t.stride()[-1:]) for t in tensors]
+        signature = (f"{_signature(cut.prefix)} {callers} {given}", computation)
+        built = self._segments.setdefault(signature, [])
+        segment = next((s for s in built if _same_constants(s.plain, cut.prefix)), None)
+        if segment is None:
             dtype = str(computation.autocast or "model").removeprefix("torch.")
             earlier = self.decisions.get((0, self.depth, dtype))
             if earlier is not None and earlier.backend != "plain":
-                warnings.warn(
-                    f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead",
-                    stacklevel=5,
+                self._warn(
+                    f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead"
                 )
             segment = build(
                 (0, self.depth), cut.prefix, tensors, computation, PASSES, earlier is None or earlier.rewritten
             )
             segment.notes = cut.kept_live
+            if segment.reason is not None and segment.reason != DECIDED:
+                self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
             decision = Decision(0, self.depth, dtype, segment.backend, segment.rewritten is not None)
             self.decisions[decision.key] = decision
-            self._segments[signature] = segment
-        return self._segments[signature]
+            built.append(segment)
+        return segment
 
     def _warn_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> None:
         called = {str(node.target).removeprefix("root.") for node in prefix.graph.nodes if node.op == "call_module"}
-        for name in sorted(called & leaves.keys() - self._warned):
-            self._warned.add(name)
-            warnings.warn(f"frozen module {name!r} runs as it is, not rewritten: {leaves[name]}", stacklevel=6)
+        for name in sorted(called & leaves.keys()):
+            self._warn(f"frozen module {name!r} runs as it is, not rewritten: {leaves[name]}")
+
+    def _warn(self, message: str) -> None:
+        """Tell the user something, once in a model's life."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
 
 def _signature(module: GraphModule) -> str:
     """The text of a graph, equal for equal graphs over the same modules."""
     return "\n".join(f"{n.name} {n.op} {n.target!r} {n.args!r} {n.kwargs!r}" for n in module.graph.nodes)
+
+
+def _same_constants(a: GraphModule, b: GraphModule) -> bool:
+    """Whether two graphs of one text hold equal constants: forward may make them from the shapes that it sees."""
+    return all(
+        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
+        for x, y in zip(a._buffers.values(), b._buffers.values(), strict=True)
+        if x is not None and y is not None
+    )

@@ -2,8 +2,8 @@
 
 What sets this tracer apart from ``torch.fx.symbolic_trace``: a submodule that can't be traced becomes a leaf on the
 spot; the shape of a value is known to Python (``len``, ``int``, ``bool``, iteration) when example inputs are given;
-in-place operators and item assignment are recorded; buffers are read, never baked; nothing is written onto the user's
-modules, and neither random state nor module state is left changed.
+in-place operators and item assignment are recorded, and so is ``torch.no_grad()``; buffers are read, never baked;
+nothing is written onto the user's modules, and neither random state nor module state is left changed.
 """
 
 import inspect
@@ -16,17 +16,22 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from torch.fx.proxy import Proxy
 
+from fxfreeze.constants import Constants, Recorded
+from fxfreeze.effects import Alias, effects
 from fxfreeze.inputs import Inputs, TraceRefusal
 from fxfreeze.kept import ModuleState
-from fxfreeze.proxies import TracedProxy, is_scalar
+from fxfreeze.proxies import TracedProxy, is_scalar, taken_for_tensors
 from fxfreeze.randomness import RandomState, random_state_kept
+from fxfreeze.regions import Region, without_grad
 from fxfreeze.shapes import Shapes
 
 __all__ = ["Traced", "trace"]
 
 _lock = threading.Lock()  # a trace patches nn.Module for its duration
+_WRITTEN = "a tensor made from no input is written into after a traced operator has read it"
 
 
 @dataclass
@@ -76,8 +81,9 @@ class _Tracer(torch.fx.Tracer):
         self.net = net
         self.inputs = inputs
         self.watch_random = watch_random
+        self.outside = Region()
         self.shape_bound = False
-        self.constants: dict[str, Tensor] = {}
+        self.constants = Constants(self)
         self.leaves: dict[str, str] = {}
         self.names: dict[int, str] = {}
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
@@ -85,7 +91,7 @@ class _Tracer(torch.fx.Tracer):
         self.reads: dict[str, Proxy] = {}
         self.path: tuple[str, ...] = ()
         self.shapes = (
-            None if examples is None else Shapes(net, dict(zip(inputs.names, examples, strict=True)), self.constants)
+            None if examples is None else Shapes(net, dict(zip(inputs.names, examples, strict=True)), self.constants.tensors)
         )
 
     def run(self) -> Traced:
@@ -105,18 +111,21 @@ class _Tracer(torch.fx.Tracer):
         self.create_args_for_root = create_args_for_root  # type: ignore[method-assign]
         before = ModuleState(self.net.named_modules())
         try:
-            graph = self.trace(self.net)
+            with Recorded(self), taken_for_tensors(), torch.set_grad_enabled(self.outside.gradients):
+                graph = self.trace(self.net)
         except Exception as error:
             raise self._refusal(error) from error
         finally:
             changed = before.restore()
+        if self.constants.written_by_python():
+            raise TraceRefusal(f"{type(self.net).__qualname__}.forward can't be traced: {_WRITTEN}")
         if changed:
             raise TraceRefusal(
                 f"{type(self.net).__qualname__}.forward assigns self.{changed}, which a traced graph can't do: return the "
                 f"value instead, or move the assignment into a submodule"
             )
         graph.lint()
-        return Traced(graph, self.inputs, self.constants, spec[-1], self.shape_bound, self.leaves)
+        return Traced(graph, self.inputs, self.constants.tensors, spec[-1], self.shape_bound, self.leaves)
 
     def _refusal(self, error: Exception) -> TraceRefusal:
         frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
@@ -159,7 +168,7 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         """The module's own operators, or, where tracing it fails, one call of the whole module."""
         mark = next(reversed(self.graph.nodes), None)
-        reads, state = dict(self.reads), ModuleState([("", m)])
+        reads, constants, state = dict(self.reads), self.constants.copy(), ModuleState([("", m)])
         chance = RandomState() if self.watch_random else None
         reason = None
         result = None
@@ -172,6 +181,8 @@ class _Tracer(torch.fx.Tracer):
         if chance is not None and not chance.unchanged():
             chance.restore()
             reason = reason or "its forward draws random numbers that Python sees"
+        if self.constants.written_by_python():
+            reason = reason or _WRITTEN
         if reason is None:
             return result
         for node in reversed(list(self.graph.nodes)):
@@ -180,7 +191,7 @@ class _Tracer(torch.fx.Tracer):
             self.graph.erase_node(node)
             if self.shapes is not None:
                 self.shapes.forget(node)
-        self.reads = reads
+        self.reads, self.constants = reads, constants
         self.leaves = {leaf: why for leaf, why in self.leaves.items() if not leaf.startswith(f"{name}.")}
         self.leaves[name] = reason
         return self.create_proxy("call_module", name, args, kwargs)
@@ -195,6 +206,35 @@ class _Tracer(torch.fx.Tracer):
 
     # ---- values
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        region = Region()
+        if not kind.startswith("call") or vars(region) == vars(self.outside):
+            return super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if region.autocast != self.outside.autocast:
+            raise TraceRefusal("its forward switches autocast: do so around the call of the network")
+        if region.gradients:
+            raise TraceRefusal("its forward turns gradients on")
+        return self._without_grad(kind, target, self.create_arg((args, kwargs)), *rest, **options)
+
+    def _without_grad(self, kind: str, target: Any, arguments: Any, *rest: Any, **options: Any) -> Any:
+        """An operator under ``torch.no_grad``: gradients stop at its inputs, and at a module's own weights.
+
+        Stopping them there, not at its output, lets it write into a value that has a gradient without changing that.
+        """
+
+        def stopped(node: Node) -> Node:
+            if node.meta["scalar"] or node.target is without_grad:
+                return node
+            return self.create_node("call_function", without_grad, (node,), {})
+
+        args, kwargs = map_arg(arguments, stopped)
+        result = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        does = effects(result.node, self.net.get_submodule)
+        if does.writes and does.alias is Alias.SAME:  # the tensor that was written into, with the gradient it has
+            written = does.writes[0]
+            return self.proxy(written.args[0] if written.target is without_grad else written)  # type: ignore[arg-type]
+        return super().create_proxy("call_function", without_grad, (result,), {}) if kind == "call_module" else result
+
     def proxy(self, node: Node) -> Proxy:
         return TracedProxy(node, self)
 
@@ -202,6 +242,7 @@ class _Tracer(torch.fx.Tracer):
         node: Node = self.graph.create_node(*args, **kwargs)
         node.meta["scope"] = self.path
         node.meta["scalar"] = is_scalar(node)
+        self.constants.note(node)
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
@@ -216,11 +257,21 @@ class _Tracer(torch.fx.Tracer):
         return self.reads[name]
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Node):
+            return a
         if isinstance(a, Proxy):
             return a.node
         if isinstance(a, Tensor):
             return self._tensor(a)
         return super().create_arg(a)
+
+    def is_stale(self, value: Any) -> bool:
+        """Whether Python holds an out-of-date copy of a constant that the trace has written into."""
+        return type(value) is not TracedProxy and not self._evaluating() and self.constants.written_in_trace(value)
+
+    def proxy_of(self, tensor: Tensor) -> Proxy:
+        """What stands for a constant in the trace."""
+        return self.proxy(self._tensor(tensor))
 
     def _tensor(self, tensor: Tensor) -> Node:
         name = self.names.get(id(tensor)) or self.tensor_attrs.get(tensor)
@@ -228,11 +279,7 @@ class _Tracer(torch.fx.Tracer):
             return self._read(name).node
         if tensor.requires_grad:
             raise TraceRefusal("a tensor was computed from parameters without the tracer seeing it")
-        name = f"_constant_{len(self.constants)}"
-        self.constants[name] = tensor
-        held = self.create_proxy("get_attr", name, (), {})
-        # A fresh copy each time: forward may write into what it believes to have just made.
-        return self.create_proxy("call_function", torch.clone, (held,), {}).node
+        return self.constants.node(tensor)
 
     # ---- what Python may ask of a value (see TracedProxy)
 

@@ -76,6 +76,7 @@ class Run:
             stand_in = self.model = compile(net, copy.deepcopy(recipe.schedule), example_inputs=(example,))
             if recipe.form == "surgery":  # the others want only to know the units
                 self._compile_seconds = self.record.seconds = time.perf_counter() - start
+        self.stand_in = stand_in.train()
         self.forward: Callable[[Tensor], Any] = stand_in if recipe.form == "surgery" else net
         if recipe.form == "by hand":
             assert self.model is not None, "what is frozen by hand is what the schedule marks"
@@ -91,7 +92,6 @@ class Run:
             self.scheduler = FreezeScheduler(self.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._random = _seeded_random(settings.seed, self.device)
-        self._train_mode()
 
     @property
     def depth(self) -> int:
@@ -137,7 +137,7 @@ class Run:
         with torch.no_grad(), self._autocast():
             batches = torch.split(split.images, EVALUATION_BATCH)
             logits = torch.cat([logits_of(self.net(images)).float() for images in batches])
-        self._train_mode()
+        self.stand_in.train()  # frozen modules stay in eval
         correct = (logits.argmax(1) == split.labels).cpu()
         return Score(F.cross_entropy(logits, split.labels).item(), correct.float().mean().item(), correct)
 
@@ -182,7 +182,6 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self._random = {device: random.cpu() for device, random in state["random"].items()}
         self.step = state["step"]
-        self._train_mode()
 
     def _step(self) -> Tensor:
         images, labels = self.batches[self.step]
@@ -198,24 +197,10 @@ class Run:
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         if self.scheduler is not None:
-            depth = self.depth
             self.scheduler.step()
-            if self.depth != depth:
-                self._mark()
         self.optimizer.zero_grad()
         self.step += 1
         return loss.detach()
-
-    def _train_mode(self) -> None:
-        self.net.train()
-        if self.model is not None:
-            self.model.train()
-        self._mark()
-
-    def _mark(self) -> None:
-        """The original's own forward knows nothing of depth: its frozen modules must hold eval by themselves."""
-        if self.model is not None and self.recipe.form != "surgery":
-            mark_eval(self.model)
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.settings.precision]
@@ -237,13 +222,6 @@ class Run:
             _set_random(outer, self.device)
 
 
-def mark_eval(model: FreezableModel) -> None:
-    """Puts the modules of the frozen units in eval."""
-    for unit in model.units[: model.depth]:
-        for name in unit.modules:
-            model.original.get_submodule(name).training = False
-
-
 def logits_of(output: Any) -> Tensor:
     """The main output of networks that return auxiliary ones beside it."""
     logits = output if isinstance(output, Tensor) else output[0]
@@ -252,15 +230,19 @@ def logits_of(output: Any) -> Tensor:
 
 
 def _without_tape_before_head(model: FreezableModel) -> Callable[[Tensor], Any]:
-    """The original under `no_grad` until a module of its head runs: what a user writes by hand for a backbone."""
+    """The original under `no_grad` until its head runs: what a user writes by hand for a backbone."""
     head = model.units[-1]
     owners = {name.rpartition(".")[0] for name in head.parameters}
     if not owners <= set(head.modules):
         raise ChoiceError(
             f"the head {head.name!r} owns parameters outside its modules: {sorted(owners - set(head.modules))}"
         )
-    for name in head.modules:
-        model.original.get_submodule(name).register_forward_pre_hook(lambda *_: torch.set_grad_enabled(True))
+
+    def tape(*_: Any) -> None:
+        torch.set_grad_enabled(True)
+
+    for name in owners:
+        model.original.get_submodule(name).register_forward_pre_hook(tape)
 
     def forward(images: Tensor) -> Any:
         with torch.no_grad():  # on leaving, the caller's mode is back, whatever the hooks set

@@ -27,12 +27,9 @@ def plain_graph(net: nn.Module, *inputs: Any) -> GraphModule:
     return split(net, traced, Ownership(units, modules, parameters), 1).prefix
 
 
-def frozen(
-    net: nn.Module, *inputs: Any, passes: Sequence[Pass], autocast: torch.dtype | None = None, overrides: bool = True
-) -> Segment:
-    """``net`` as one built segment. autocast: the dtype that it computes in; the caller's own is off."""
-    computation = Computation("cpu", autocast, overrides=overrides and autocast is not None)
-    return build((0, 1), plain_graph(net, *inputs), inputs, computation, passes)
+def frozen(net: nn.Module, *inputs: Any, passes: Sequence[Pass], precision: torch.dtype | None = None) -> Segment:
+    """``net`` as one built segment, which computes in ``precision``, or as the caller's autocast says."""
+    return build((0, 1), plain_graph(net, *inputs), inputs, Computation.current("cpu", precision), passes)
 
 
 def settle(net: nn.Module) -> nn.Module:

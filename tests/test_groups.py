@@ -1,7 +1,7 @@
 """What a step sees of the user's groups, what it writes into them, and what is left when it raises."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from torch.optim import lr_scheduler as lrs
 
 import fxfreeze.optim
 from fxfreeze.schedule import Milestones, Schedule
+from fxfreeze.units import Unit
 
 
 class Raising(torch.optim.SGD):
@@ -97,6 +98,31 @@ def test_what_a_step_writes_into_its_group(schedule: Schedule) -> None:
             assert group["fresh"] == pytest.approx(group["lr"] * factor, rel=1e-12)
 
 
+class Uneven:
+    """A schedule by which the first and the last unit share a factor, and the second has half of it."""
+
+    def depth(self, step: int, units: Sequence[Unit]) -> int:
+        return 0
+
+    def factors(self, step: int, units: Sequence[Unit]) -> tuple[float, ...]:
+        return (0.25, 0.125, 0.5, 0.25)
+
+
+def test_where_copies_disagree_the_one_nearest_the_head_counts() -> None:
+    model, outside = Marked(network(), cast(Schedule, Uneven())), nn.Parameter(torch.ones(1))
+    units = [unit_parameters(model, i) for i in range(4)]
+    for order in ([3, 0, 1, 2], [2, 0, 3, 1], [1, 3, 2, 0]):
+        optimizer = Counting([p for i in order for p in units[i]], lr=0.5, decay=1.0)
+        FreezeScheduler(optimizer, model)
+        optimizer.step()
+        assert optimizer.param_groups[0]["fresh"] == 0.5 * 0.25  # of the copy that has unit 3
+        # parameters that are not the model's train as long as the head, at the full rate
+        optimizer = Counting([outside, *(p for i in order for p in units[i])], lr=0.5, decay=1.0)
+        FreezeScheduler(optimizer, model)
+        optimizer.step()
+        assert optimizer.param_groups[0]["fresh"] == 0.5
+
+
 @pytest.mark.parametrize("how", ["in place", "replaced"])
 def test_a_tensor_lr_that_the_step_changes(how: str) -> None:
     class Decaying(torch.optim.SGD):
@@ -120,16 +146,43 @@ def test_a_tensor_lr_that_the_step_changes(how: str) -> None:
 
 def test_a_rate_of_zero_says_nothing_about_the_users() -> None:
     """After the end of the schedule the head's factor is 0: what the step makes of a rate of 0 can't be scaled back."""
+
+    class Warming(Counting):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            super().step()
+            for group in self.param_groups:
+                group["lr"] += 0.5
+
     model = Marked(network(), freezing())
-    optimizer = Counting(model.parameters(), lr=0.1)
+    optimizer = Warming(model.parameters(), lr=0.1)
     scheduler = FreezeScheduler(optimizer, model)
-    scheduler.last_step = STEPS
+    for _ in range(STEPS):
+        scheduler.step()
+    assert scheduler.get_last_lr() == [0.0, 0.0, 0.0, 0.0]
     before = weights(model)
     backward(model, next(batches()))
     optimizer.step()
     assert same(weights(model), before)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert optimizer.param_groups[0]["count"] == 1
+
+
+def test_with_nothing_live_a_step_sees_one_group_without_parameters() -> None:
+    class Moving(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            rate = self.param_groups[0]["lr"]  # some optimizers read their settings here
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.add_(rate)  # whether or not it has a gradient
+
+    model = Marked(network(), Milestones({"1": 0}))
+    optimizer = Moving([p for i in (0, 1) for p in unit_parameters(model, i)], lr=0.1)
+    FreezeScheduler(optimizer, model)
+    before = weights(model)
+    optimizer.step()
+    assert same(weights(model), before)
+    assert len(optimizer.param_groups[0]["params"]) == 4
 
 
 def raising_case() -> tuple[Marked, Raising, fxfreeze.optim.FreezeScheduler]:
@@ -187,6 +240,27 @@ def test_a_step_called_past_the_guard_that_raised_is_restored_at_the_next_call(c
         assert optimizer.param_groups is groups
     if call not in ("load_state_dict", "step"):
         assert groups[0]["momentum"] == 0.25  # as the step left it, as without a FreezeScheduler
+
+
+def test_a_step_that_raised_within_a_step_leaves_no_trace() -> None:
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    model = Marked(network(), freezing())
+    optimizer = Shrinking(model.parameters(), lr=0.1)
+    groups, calls = optimizer.param_groups, []
+    FreezeScheduler(optimizer, model)
+
+    def raise_within(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    optimizer.register_step_pre_hook(raise_within)
+    backward(model, next(batches()))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert optimizer.param_groups is groups
+    torch.optim.SGD.step(optimizer)  # past the guard, which would hide that a count of nested steps was left behind
+    assert optimizer.param_groups is groups
 
 
 def test_a_step_within_a_step() -> None:

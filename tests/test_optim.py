@@ -1,10 +1,12 @@
 """FreezeScheduler: freezing by hand, optimizers that are frozen whole, the scaler, refusals."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from marked import (
+    MODELS,
     FreezeScheduler,
     Marked,
     backward,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxfreeze.rewrite import Op, Outcome, constant, hold, op_of, other_user, place
+from fxfreeze.rewrite import Op, Outcome, constant, forget, hold, op_of, other_user, place
 
 __all__ = ["fold_batchnorm", "scale_shift"]
 
@@ -23,20 +23,21 @@ def fold_batchnorm(module: GraphModule) -> list[Outcome]:
         if norm is None or norm.kind != "batch_norm":
             continue
         if (reason := _varies(norm, module)) is not None:
-            outcomes.append(Outcome("fold_batchnorm", place(node), False, reason))
+            outcomes.append(Outcome("fold_batchnorm", place(node), False, "left alone", reason))
             continue
         scale, shift = _affine(norm, module)
         layer_node = norm.input
         layer = op_of(layer_node, module)
-        reason = _check(layer_node, layer, node, scale, module)
+        reason = _check(layer_node, layer, node, module)
         if reason is None:
             assert layer is not None
             _fold(layer_node, layer, node, scale, shift, module)
-            what = f"folded into {place(layer_node)}"
+            forget(module, layer)
+            outcomes.append(Outcome("fold_batchnorm", place(node), True, "folded"))
         else:
             _to_scale_shift(node, norm, scale, shift, module)
-            what = f"became a scale and shift: {reason}"
-        outcomes.append(Outcome("fold_batchnorm", place(node), True, what))
+            outcomes.append(Outcome("fold_batchnorm", place(node), True, "made a scale and shift", reason))
+        forget(module, norm)
     return outcomes
 
 
@@ -46,7 +47,7 @@ def _varies(norm: Op, module: GraphModule) -> str | None:
         return "it normalises with the batch's own statistics"
     names = ("running_mean", "running_var", "weight", "bias")
     if any(norm.arguments[n] is not None and constant(norm.arguments[n], module) is None for n in names):
-        return "its statistics or weights are computed from the input"
+        return "its statistics or weights are not constants"
     return None
 
 
@@ -70,7 +71,7 @@ def _double(value: Any, module: GraphModule) -> Tensor:
     return tensor.detach().double()
 
 
-def _check(layer_node: Any, layer: Op | None, node: Node, scale: Tensor, module: GraphModule) -> str | None:
+def _check(layer_node: Any, layer: Op | None, node: Node, module: GraphModule) -> str | None:
     """Why the layer before a batch norm can't take it in."""
     if layer is None or layer.kind == "batch_norm":
         return f"its input {layer_node} is no convolution or linear layer"
@@ -79,14 +80,11 @@ def _check(layer_node: Any, layer: Op | None, node: Node, scale: Tensor, module:
     weight = constant(layer.arguments["weight"], module)
     bias = layer.arguments["bias"]
     if weight is None or (bias is not None and constant(bias, module) is None):
-        return f"the weight of {place(layer_node)} is computed from the input"
+        return f"the weight of {place(layer_node)} is not a constant"
     expected = 2 if layer.kind == "linear" else weight.dim()
     rank = layer_node.meta["value"].dim()
     if rank != expected:
         return f"the output of {place(layer_node)} has {rank} dimensions, and dimension 1 is not its channels"
-    channels = weight.shape[1] * layer.arguments["groups"] if layer.kind == "conv_transpose" else weight.shape[0]
-    if channels != len(scale):
-        return f"{place(layer_node)} has {channels} channels and the batch norm {len(scale)}"
     return None
 
 

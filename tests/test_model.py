@@ -1,0 +1,510 @@
+"""compile() and the FreezableModel as it freezes and runs: what it refuses, what stands still, when it falls back."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import Chain, ConvNorm, Head, Keywords, TwoInputs, settle
+from torch import Tensor, nn
+
+import fxfreeze.surgery
+from fxfreeze import FreezableModel, FreezeOut, Milestones, TraceRefusal
+from fxfreeze.runtime import BOUNDS, build, relative_error
+
+NEVER = Milestones({"stem": 10**6})
+
+
+def network() -> nn.Module:
+    return settle(Chain(ConvNorm(8, 8), ConvNorm(8, 8)))
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.randn(count, 3, 8, 8)
+
+
+def assert_same(values: Tensor, expected: Tensor) -> None:
+    assert relative_error(values.detach(), expected.detach()) <= BOUNDS[torch.float32]
+
+
+# ---- compile
+
+
+def quietly(make: Callable[[nn.Module], Any]) -> Any:
+    """``make`` of a network, without its warning of TorchScript's end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return make(network())
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a function": (lambda: torch.relu, "net is a builtin_function_or_method: expected a torch.nn.Module"),
+    "a frozen model": (lambda: fxfreeze.compile(network(), NEVER), "net is a FreezableModel already: compile its .orig"),
+    "data parallel": (lambda: nn.DataParallel(network()), "net is a DataParallel: compile the network with fxfreeze first"),
+    "compiled by torch": (lambda: quietly(torch.compile), "net is a OptimizedModule: compile the network with fxfreeze"),
+    "TorchScript": (lambda: quietly(torch.jit.script), "net is a TorchScript module, which has no Python forward to trace"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_networks_that_are_refused(name: str) -> None:
+    make, message = REFUSED[name]
+    with pytest.raises(TypeError, match=message):
+        fxfreeze.compile(make(), NEVER)
+
+
+def test_a_distributed_network_is_refused() -> None:
+    net = object.__new__(nn.parallel.DistributedDataParallel)  # made without a process group
+    nn.Module.__init__(net)
+    with pytest.raises(TypeError, match="net is a DistributedDataParallel: compile the network with fxfreeze first"):
+        fxfreeze.compile(net, NEVER)
+
+
+@pytest.mark.parametrize("schedule", [None, 0.8, "cubic", object()])
+def test_bad_schedules(schedule: Any) -> None:
+    with pytest.raises(TypeError, match=f"schedule is a {type(schedule).__qualname__}: expected FreezeOut, Milestones"):
+        fxfreeze.compile(network(), schedule)
+
+
+def test_a_milestone_that_names_nothing() -> None:
+    with pytest.raises((ValueError, KeyError), match="nowhere"):
+        fxfreeze.compile(network(), Milestones({"nowhere": 3}))
+
+
+@pytest.mark.parametrize("backend", ["library", "inductor", "triton", "openvino"])
+def test_backends_to_come(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend '{backend}' is not in this version: use 'auto' or 'plain'"):
+        fxfreeze.compile(network(), NEVER, backend=backend)
+
+
+def test_unknown_backends_and_precisions() -> None:
+    with pytest.raises(ValueError, match="backend 'cuda' is unknown: expected one of auto, plain"):
+        fxfreeze.compile(network(), NEVER, backend="cuda")
+    for precision in ("fp8", torch.float64, torch.int8, 16):
+        with pytest.raises(ValueError, match="precision .* is unknown: expected None, fp32, fp16, bf16"):
+            fxfreeze.compile(network(), NEVER, precision=precision)  # type: ignore[arg-type]
+    for backend in ("auto", "plain"):
+        assert fxfreeze.compile(network(), NEVER, backend=backend).depth == 0
+
+
+class LooksAtShapes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = ConvNorm(3, 8), ConvNorm(8, 8), Head(8)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        y = self.a(self.stem(x))
+        return self.head(y if scale is None else y * scale)
+
+
+@pytest.mark.parametrize("examples", [(images(),), images(), {"x": images()}, {"x": images(), "scale": torch.ones(1)}])
+def test_example_inputs(examples: Any) -> None:
+    """A tuple, one tensor, or a dict of keyword inputs; they are needed only to follow shapes."""
+    with pytest.raises(TraceRefusal, match="Passing example_inputs lets control flow look at shapes"):
+        fxfreeze.compile(LooksAtShapes(), Milestones({"stem": 0}))
+    net = settle(LooksAtShapes())
+    model = fxfreeze.compile(net, Milestones({"stem": 0}), example_inputs=examples)
+    assert [unit.name for unit in model.units] == ["stem", "a", "head"]
+    for width in (8, 7, 5, 8):
+        x = torch.randn(6, 3, 8, width)
+        assert_same(model.eval()(x), net(x))
+        assert_same(model(x, scale=torch.full((1,), 2.0)), net(x, torch.full((1,), 2.0)))
+
+
+def test_what_compile_leaves_alone() -> None:
+    """Modes, module by module; parameters; random state; and no attribute is added to any module."""
+    net = network().train()
+    net.get_submodule("blocks.1").eval()
+    modes = {name: m.training for name, m in net.named_modules()}
+    keys = {name: set(vars(m)) for name, m in net.named_modules()}
+    state = copy.deepcopy(net.state_dict())
+    before = torch.get_rng_state()
+    model = fxfreeze.compile(net, NEVER)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: m.training for name, m in net.named_modules()} == modes
+    assert {name: set(vars(m)) for name, m in net.named_modules()} == keys
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(p.requires_grad for p in net.parameters())
+    assert model.original is net
+    assert model.training
+
+
+def test_a_network_in_eval_stays_in_eval() -> None:
+    model = fxfreeze.compile(network().eval(), Milestones({"blocks.0": 0}))
+    x = images()
+    assert torch.equal(model(x), model(x))
+    assert not any(m.training for m in model.modules())
+    model.train()
+    assert {m.training for m in model.original.blocks[1].modules()} == {True}
+
+
+def test_one_unit_never_freezes() -> None:
+    with pytest.warns(UserWarning, match="the network is a single unit, and the last unit never freezes"):
+        model = fxfreeze.compile(nn.Sequential(nn.Linear(3, 3)), FreezeOut(10))
+    with pytest.raises(ValueError, match="depth 1 would freeze the head"):
+        model.freeze(1)
+
+
+def test_units_by_hand() -> None:
+    net = network()
+    model = fxfreeze.compile(net, Milestones({"blocks": 0}), units=["stem", ("blocks.0", "blocks.1"), "head"])
+    assert model.depth == 2
+    assert [unit.name for unit in model.units[:2]] == ["stem", "blocks.0"]
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == {
+        name for name, _ in net.named_parameters() if not name.startswith("head")
+    }  # what no unit names goes with what feeds it
+    x = images()
+    assert_same(model.eval()(x), net(x))
+    with pytest.raises(ValueError, match="'block' is no module of the network"):
+        fxfreeze.compile(network(), NEVER, units=["block"])
+
+
+def test_two_models_of_one_class() -> None:
+    first, second = (fxfreeze.compile(network(), NEVER) for _ in range(2))
+    first.freeze(3)
+    assert second.depth == 0
+    assert all(p.requires_grad for p in second.parameters())
+    second.freeze(1)
+    x = images()
+    for model in (first, second):
+        assert_same(model.eval()(x), model.original(x))
+
+
+# ---- freezing
+
+
+def test_freezing_marks() -> None:
+    """requires_grad False, grad None and eval for what is frozen, nothing else touched, and no forward needed."""
+    net = network().train()
+    model = fxfreeze.compile(net, NEVER)
+    model(images()).sum().backward()
+    model.freeze(2)
+    frozen = {name for unit in model.units[:2] for name in unit.parameters}
+    modules = {name for unit in model.units[:2] for name in unit.modules}
+    assert frozen == {name for name, _ in net.named_parameters() if name.startswith(("stem", "blocks.0"))}
+    for name, p in net.named_parameters():
+        assert p.requires_grad is (name not in frozen)
+        assert (p.grad is None) is (name in frozen)
+    for name, module in net.named_modules():
+        assert module.training is (name not in modules)
+    assert model.depth == 2
+    model.freeze(2)
+    model.freeze(3)
+    assert model.depth == 3
+
+
+@pytest.mark.parametrize(
+    ("depth", "error", "message"),
+    [
+        (1, ValueError, "depth 1 is below the current depth 2: frozen units stay frozen; FreezeScheduler.load_state_dict"),
+        (-1, ValueError, "depth -1 is below the current depth 2"),
+        (5, ValueError, "depth 5 would freeze the head 'head.fc': at most 4 of 5 units"),
+        (99, ValueError, "depth 99 would freeze the head"),
+        (True, TypeError, "depth is True: expected an int"),
+        (3.0, TypeError, "depth is 3.0: expected an int"),
+        ("3", TypeError, "depth is '3': expected an int"),
+        (None, TypeError, "depth is None: expected an int"),
+    ],
+)  # fmt: skip
+def test_impossible_depths(depth: Any, error: type[Exception], message: str) -> None:
+    model = fxfreeze.compile(network(), NEVER)
+    model.freeze(2)
+    with pytest.raises(error, match=message.replace("head.fc", model.units[-1].name)):
+        model.freeze(depth)
+    assert model.depth == 2
+
+
+@pytest.mark.parametrize("unit", ["stem", "blocks", "last"])
+def test_a_backbone_frozen_from_the_start(unit: str) -> None:
+    """Neither a scheduler nor an optimizer is needed."""
+    net = network()
+    model = fxfreeze.compile(net, Milestones({unit: 0}))
+    assert model.depth == {"stem": 1, "blocks": 3, "last": 4}[unit]
+    model.train()(images()).sum().backward()
+    for name, p in net.named_parameters():
+        assert (p.grad is None) is any(name in u.parameters for u in model.units[: model.depth])
+
+
+class Statistics(nn.Module):
+    """One norm of each kind, in a unit of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.BatchNorm3d(4))
+        self.image = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None))
+        self.signal = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4))
+        self.sync = nn.Sequential(nn.Conv2d(4, 4, 1), nn.SyncBatchNorm(4))
+        self.flat = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.image(F.relu(self.volume(x)).mean(2))
+        x = self.signal(F.relu(x).flatten(2)).unflatten(2, (4, 4))
+        return self.fc(self.flat(self.sync(x).mean((2, 3))))
+
+
+def test_frozen_statistics_stand_still() -> None:
+    """Running statistics and their counters, whatever calls ``train()``; the live norms' go on."""
+    net = settle(Statistics())
+    model = fxfreeze.compile(net, Milestones({"sync": 0}))
+    before = copy.deepcopy(net.state_dict())
+    for _ in range(3):
+        model.train()
+        net.train()
+        model(torch.randn(6, 3, 2, 4, 4)).sum().backward()
+    for name, value in net.state_dict().items():
+        if name.startswith(("fc", "flat.0")) or name.endswith(("weight", "bias")):
+            continue
+        assert torch.equal(value, before[name]) is not name.startswith("flat.1.")
+    assert int(net.get_buffer("flat.1.num_batches_tracked")) == int(before["flat.1.num_batches_tracked"]) + 3
+
+
+def test_dropout_is_off_where_frozen() -> None:
+    net = settle(Chain(nn.Sequential(ConvNorm(8, 8), nn.Dropout(0.5)), ConvNorm(8, 8)))
+    model = fxfreeze.compile(net, Milestones({"last": 0})).train()
+    x = images()
+    values = model(x)
+    assert torch.equal(values, model(x))
+    assert_same(values, net.eval()(x))
+
+
+# ---- running
+
+
+def test_one_segment_for_training_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a trainer that calls ``train()`` at every step, and with gradients or without."""
+    builds = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        builds.append(args[0])
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(fxfreeze.surgery, "build", counting)
+    model = fxfreeze.compile(network(), Milestones({"blocks.0": 0}))
+    for _ in range(3):
+        model.train()(images()).sum().backward()
+    model.eval()(images())
+    with torch.no_grad():
+        model(images(3))
+    assert builds == [(0, 2)]
+    model.freeze(3)
+    model.train()(images())
+    assert builds == [(0, 2), (0, 3)]
+
+
+def test_an_input_that_requires_grad() -> None:
+    """It gets no gradient from a frozen prefix: said at once, with the ways out, which work."""
+    net = network().eval()
+    model = fxfreeze.compile(net, NEVER).eval()
+    x = images().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    model.freeze(2)
+    message = "an input requires grad, but the first 2 units are frozen and run without a tape: detach the input"
+    with pytest.raises(RuntimeError, match=message):
+        model(x)
+    with torch.no_grad():
+        assert_same(model(x), net(x))
+    assert_same(model(x.detach()), net(x))
+    x.grad = None
+    model.original(x).sum().backward()
+    assert x.grad is not None
+
+
+class TakesAnything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = ConvNorm(3, 8), ConvNorm(8, 8), Head(8)
+
+    def forward(self, x: Tensor, extra: Any = None) -> Tensor:
+        y = self.a(self.stem(x))
+        return self.head(y if extra is None else y * float(getattr(extra, "gain", 2.0)))
+
+
+class Gain:
+    gain = 3.0
+
+
+UNTRACEABLE: dict[str, Callable[[], Any]] = {
+    "an object": Gain,
+    "an array": lambda: numpy.ones(3),
+    "a set": lambda: {1, 2},
+}
+
+
+@pytest.mark.parametrize("name", UNTRACEABLE)
+def test_a_call_that_cannot_be_traced_runs_the_original(name: str) -> None:
+    """With one warning in all: at later steps, in eval, and after further freezes there is none."""
+    net = settle(TakesAnything())
+    model = fxfreeze.compile(net, Milestones({"stem": 0}))
+    message = "this call runs the original, frozen units included: input 'extra' is a .*, whose contents"
+    x = images()
+    with pytest.warns(UserWarning, match=message) as caught:
+        model(x, extra=UNTRACEABLE[name]())
+    assert len(caught) == 1
+    before = copy.deepcopy(net.stem.state_dict())
+    for mode in (True, False):
+        model.train(mode)
+        for _ in range(2):
+            net.zero_grad()
+            values = model(x, extra=UNTRACEABLE[name]())
+            values.sum().backward()
+            assert net.get_parameter("stem.0.weight").grad is None
+            assert net.get_parameter("a.0.weight").grad is not None
+    assert_same(values, net(x, UNTRACEABLE[name]()))
+    model.freeze(2)
+    model(x, UNTRACEABLE[name]())
+    assert_same(model(x), net(x))
+    assert all(torch.equal(value, before[key]) for key, value in net.stem.state_dict().items())
+
+
+class LooksAtData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.head = ConvNorm(3, 8), ConvNorm(8, 8), Head(8)
+
+    def forward(self, x: Tensor, flip: bool = False) -> Tensor:
+        y = self.a(self.stem(x))
+        if flip:
+            return self.head(-y) if y.mean() > 0 else self.head(y)
+        return self.head(y)
+
+
+def test_a_flag_that_makes_it_untraceable() -> None:
+    net = settle(LooksAtData()).eval()
+    model = fxfreeze.compile(net, Milestones({"stem": 0})).eval()
+    x = images()
+    with pytest.warns(UserWarning, match="this call runs the original, frozen units included: LooksAtData.forward"):
+        assert_same(model(x, flip=True), net(x, flip=True))
+    assert_same(model(x), net(x))
+    assert_same(model(x, flip=True), net(x, flip=True))
+    with pytest.raises(TraceRefusal, match="LooksAtData.forward can't be traced at .*test_model.py:"):
+        fxfreeze.compile(settle(LooksAtData()), NEVER, example_inputs=(x, True))
+
+
+def halve(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 0.5
+
+
+def test_frozen_modules_with_hooks_warn_once() -> None:
+    """And run as they are: hooks fire at every forward, at every depth."""
+    net = network().eval()
+    net.get_submodule("blocks.0").register_forward_hook(halve)
+    model = fxfreeze.compile(net, NEVER).eval()
+    x = images()
+    model.freeze(1)
+    assert_same(model(x), net(x))
+    model.freeze(2)
+    with pytest.warns(UserWarning, match=r"frozen module 'blocks\.0' runs as it is, not rewritten: it has hooks"):
+        assert_same(model(x), net(x))
+    model.train()(x)
+    model.eval()
+    model.freeze(3)
+    assert_same(model(x), net(x))
+    model.refresh()
+    assert_same(model(x), net(x))
+
+
+def test_hooks_that_come_and_go() -> None:
+    """A plan made before is not used for a block that has a hook now, or whose hook is gone, forward or backward."""
+    net = network().eval()
+    model = fxfreeze.compile(net, Milestones({"stem": 0})).eval()
+    x = images()
+    model(x)
+    fired: list[str] = []
+    first, second = net.get_submodule("blocks.0"), net.get_submodule("blocks.1")
+    handle = first.register_forward_hook(halve)
+    assert_same(model(x), net(x))
+    handle.remove()
+    handle = second.register_forward_hook(lambda *args: fired.append("second"))  # as many hooks, elsewhere
+    assert_same(model(x), net(x))
+    assert fired == ["second"] * 2
+    handle.remove()
+    for register in (second.register_full_backward_hook, second.register_full_backward_pre_hook):
+        fired.clear()
+        handle = register(lambda *args: fired.append("backward"))
+        model(x).sum().backward()
+        assert fired == ["backward"]
+        handle.remove()
+
+
+def test_keyword_inputs_and_structures() -> None:
+    """Constants, None and tensors by keyword; dictionaries out."""
+    net = settle(Keywords()).eval()
+    model = fxfreeze.compile(net, Milestones({"a": 0})).eval()
+    x, mask = images(), (torch.rand(6, 1, 8, 8) > 0.3).float()
+    for kwargs in ({}, {"mask": None}, {"mask": mask}, {"mask": mask, "scale": 0.5}, {"scale": 2}):
+        values, expected = model(x, **kwargs), net(x, **kwargs)
+        assert values.keys() == expected.keys()
+        for key in values:
+            assert_same(values[key], expected[key])
+    for scale in (0.5, 0.25, 1, True):
+        assert_same(model(x, scale=scale)["logits"], net(x, scale=scale)["logits"])
+
+
+def test_two_inputs() -> None:
+    net = settle(TwoInputs()).eval()
+    model = fxfreeze.compile(net, Milestones({"image": 0})).eval()
+    for size in (6, 2):
+        x, v = images(size), torch.randn(size, 4)
+        assert_same(model(x, v), net(x, v))
+        assert_same(model(vector=v, image=x), net(x, v))
+
+
+def test_errors_of_the_network_are_its_own() -> None:
+    """A wrong input fails as it would have, also once a plan exists."""
+    model = fxfreeze.compile(network(), Milestones({"stem": 0}))
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels instead"):
+        model(torch.randn(6, 4, 8, 8))
+    model(images())
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4 channels instead"):
+        model(torch.randn(6, 4, 8, 8))
+    with pytest.warns(UserWarning, match="this call runs the original"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+            model(images(), mask=None)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+            model()
+
+
+def test_the_caller_writes_into_what_it_gave_and_got() -> None:
+    """Neither the next forward nor the frozen weights notice."""
+    net = network().eval()
+    model = fxfreeze.compile(net, Milestones({"last": 0})).eval()
+    x = images()
+    kept = x.clone()
+    with torch.no_grad():
+        values = model(x)
+        assert torch.equal(x, kept)
+        expected = values.clone()
+        values.zero_()
+        x.zero_()
+        assert torch.equal(model(kept), expected)
+
+
+def test_restoring_a_depth() -> None:
+    """What load_state_dict of the scheduler needs: thawed units train again, only those that did before."""
+    net = network().train()
+    net.get_parameter("stem.0.bias").requires_grad_(False)
+    model: FreezableModel = fxfreeze.compile(net, NEVER)
+    model.freeze(3)
+    model(images())
+    model._restore_depth(1)
+    assert model.depth == 1
+    assert {m.training for m in net.get_submodule("blocks").modules()} == {True}
+    assert {m.training for m in net.get_submodule("stem").modules()} == {False}
+    model(images()).sum().backward()
+    assert net.get_parameter("blocks.0.0.weight").grad is not None
+    assert net.get_parameter("stem.0.weight").grad is None
+    model._restore_depth(0)
+    assert net.get_parameter("stem.0.weight").requires_grad
+    assert not net.get_parameter("stem.0.bias").requires_grad
+    model._restore_depth(4)
+    assert model.depth == 4
+    x = images()
+    assert_same(model.eval()(x), net.eval()(x))
