@@ -20,7 +20,7 @@ def measured(name: str) -> dict[str, list[float]]:
     x = torch.randn(8, 3, 64, 64)
 
     def event(share: float) -> float:
-        model.freeze(max(model.depth, round(share * len(model.units))))
+        model.freeze(max(model.depth, int(share * len(model.units))))
         model.refresh()
         before = model.prefix.build_seconds
         model(x)

@@ -90,7 +90,7 @@ def measured(name: str, share: float) -> dict[str, list[float]]:
     torch.manual_seed(0)
     net = getattr(torchvision.models, name)()
     x, y = torch.randn(NETWORKS[name], 3, 64, 64), torch.randint(0, 1000, (NETWORKS[name],))
-    depth = round(share * len(_frozen(net, 0).units))
+    depth = int(share * len(_frozen(net, 0).units))
     marked, model, plain = _frozen(net, depth), _frozen(net, depth), copy.deepcopy(net).train()
     contenders = {
         "plain": _step(plain, _live(plain), x, y),

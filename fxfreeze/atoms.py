@@ -28,6 +28,11 @@ def _count_weighted(module: nn.Module) -> int:
     return sum(map(_weighted, module.modules()))
 
 
+def _has_state(module: nn.Module) -> bool:
+    """Whether a module owns tensors: running statistics without a gain, as well as parameters, must freeze with a unit."""
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
 def _is_transparent(module: nn.Module, parent_is: bool, whole: int) -> bool:
     """Whether a module is a way of grouping blocks rather than a block."""
     if _count_weighted(module) == whole or (parent_is and type(module) in _CONTAINERS):
@@ -155,15 +160,15 @@ class Atoms:
             module = self.net.get_submodule(innermost)
             grouping = _count_weighted(module) > _weighted(module)
             plain = type(module).__module__.startswith("torch.nn.") and not isinstance(module, _RANDOM)
-            if not grouping and (any(True for _ in module.parameters()) or not plain):
+            if not grouping and (_has_state(module) or not plain):
                 yield innermost, False
 
     def _joins_consumer(self, node: Node) -> bool:
-        """Dropout, and custom modules without parameters (noise, stochastic depth), act for what reads them."""
+        """Dropout, and custom modules without parameters or buffers (noise, stochastic depth), act for what reads them."""
         innermost = node.meta["scope"][-1] if node.meta["scope"] else ""
         if not innermost or any(read.op == "get_attr" for read in node.all_input_nodes):
             return False
-        return not any(True for _ in self.net.get_submodule(innermost).parameters())
+        return not _has_state(self.net.get_submodule(innermost))
 
     def _claim(self, names: list[tuple[str, bool]], atom: int) -> None:
         for name, is_parameter in names:

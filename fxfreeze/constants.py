@@ -14,12 +14,15 @@ from torch.fx import Node
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fxfreeze.effects import effects
-from fxfreeze.proxies import SCALAR_NAMES
+from fxfreeze.inputs import TraceRefusal
+from fxfreeze.proxies import IN_PLACE, SCALAR_NAMES
 
 __all__ = ["Constants", "Recorded"]
 
 # What is still true of a constant that the trace has written into.
-_LASTING = SCALAR_NAMES - {"item", "tolist"} | {"_version", "is_inference", "untyped_storage"}
+_LASTING = (SCALAR_NAMES - {"item", "tolist"}) | {"_version", "is_inference", "untyped_storage"}
+
+_IN_PLACE = {"__setitem__", *(f"__{name}__" for name in IN_PLACE)}
 
 _Key = tuple[int, torch.dtype]  # a storage, and the dtype that it is read in
 
@@ -95,23 +98,33 @@ class Constants:
 
 
 class Recorded(TorchFunctionMode):
-    """Within, operators on constants that traced operators have written into are traced."""
+    """Within, operators on tensors that the graph reads or has written into are traced, though Python could run them.
+
+    A write into any other tensor that forward did not make itself is refused: it would last.
+    """
 
     def __init__(self, tracer: Any):
         super().__init__()
         self._tracer = tracer
+        self._made: dict[int, Tensor] = {}  # by storage: what has been made since
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        if name in _LASTING:
+        if name in _LASTING or self._tracer.evaluating():
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        stale = [isinstance(leaf, Tensor) and self._tracer.is_stale(leaf) for leaf in leaves]
-        if not any(stale):
-            return func(*args, **kwargs)
-        proxies = [self._tracer.proxy_of(leaf) if old else leaf for leaf, old in zip(leaves, stale, strict=True)]
-        args, kwargs = pytree.tree_unflatten(proxies, spec)
+        held = [isinstance(leaf, Tensor) and self._tracer.holds(leaf) for leaf in leaves]
+        if any(held):
+            proxies = [self._tracer.proxy_of(leaf) if its else leaf for leaf, its in zip(leaves, held, strict=True)]
+            return self._record(func, name, *pytree.tree_unflatten(proxies, spec))
+        if any(_storage(t) not in self._made for t in _written(name, leaves, kwargs)):
+            raise TraceRefusal("it writes into a tensor that is neither a buffer nor made by forward")
+        result = func(*args, **kwargs)
+        self._made.update((_storage(t), t) for t in pytree.tree_leaves(result) if type(t) is Tensor and _has_storage(t))
+        return result
+
+    def _record(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func.__name__ == "__get__":  # an attribute
             return getattr(args[0], name)
         if is_tensor_method_or_property(func):
@@ -119,12 +132,23 @@ class Recorded(TorchFunctionMode):
         return self._tracer.create_proxy("call_function", func, args, kwargs)
 
 
+def _written(name: str, leaves: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The real tensors that an operator writes into."""
+    in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+    targets = [*leaves[: int(in_place)], *pytree.tree_leaves(kwargs.get("out"))]
+    return [t for t in targets if type(t) is Tensor and _has_storage(t)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
 def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def _key(tensor: Tensor) -> _Key:
-    return tensor.untyped_storage()._cdata, tensor.dtype
+    return _storage(tensor), tensor.dtype
 
 
 def _version(tensor: Tensor) -> int:

@@ -43,15 +43,20 @@ class Derived:
 
     def current(self) -> Surgery:
         """The plans: new ones if a frozen tensor is another, lies elsewhere, or was written into."""
-        tensors = [tensor for owner, name in self._slots if (tensor := owner.get(name)) is not None]
-        for tensor in tensors:
-            if tensor.requires_grad and tensor.is_leaf:  # thawed behind the model's back, or put in another's place
-                tensor.requires_grad_(False)
-        seen = [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+        for owner, name in self._slots:
+            tensor = owner.get(name)
+            if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(False)  # thawed behind the model's back, or put in another's place
+        seen = self.signs()
         if seen != self._seen:
             self.start(self.depth)
             self._seen = seen
         return self.surgery
+
+    def signs(self) -> list[tuple[int, int, int]]:
+        """What differs once a frozen tensor is another, lies elsewhere, or was written into."""
+        tensors = [tensor for owner, name in self._slots if (tensor := owner.get(name)) is not None]
+        return [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
 
     def assert_frozen(self) -> None:
         """Frozen modules stay in eval, whatever the trainer's ``model.train()`` did."""

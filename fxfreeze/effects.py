@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from fxfreeze.proxies import IN_PLACE
 from fxfreeze.regions import without_grad
 
 __all__ = "Alias Effects Memory effects name_of reshapes silenced".split()
@@ -70,10 +71,7 @@ _VIEW_ATTRIBUTES = frozenset("T mT H mH real imag data".split())
 _RESHAPING = frozenset(
     "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_".split()
 )
-_IN_PLACE = frozenset(
-    getattr(operator, name)
-    for name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
-)
+_IN_PLACE = frozenset(getattr(operator, name) for name in IN_PLACE)
 
 
 def name_of(node: Node) -> str:
@@ -176,8 +174,8 @@ def _written_statistics(node: Node, name: str) -> tuple[Node, ...]:
 
 
 def _schema_effects(name: str, node: Node, inputs: tuple[Node, ...], random: bool) -> Effects:
-    owner = getattr(node.target, "__module__", None) or "torch"
-    known = hasattr(torch.Tensor, name) if node.op == "call_method" else owner.startswith(("torch", "_", "fxfreeze."))
+    owner = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    known = hasattr(torch.Tensor, name) if node.op == "call_method" else owner in ("torch", "fxfreeze")
     kind = _schema_alias(name)
     if not known:
         return Effects(writes=inputs, aliases=inputs, alias=Alias.MAYBE, random=True, opaque=True)
@@ -257,11 +255,11 @@ class Memory:
     _parent: dict[Node, Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        readers: dict[Node, set[Node]] = {}
-        writers: dict[Node, set[Node]] = {}
+        self._reads = [node for node in self.graph.nodes if node.op == "get_attr"]
+        self._parent = {node: node for node in self.graph.nodes}
+        readers: dict[Node, set[Node]] = {node: set() for node in self.graph.nodes}
+        writers: dict[Node, set[Node]] = {node: set() for node in self.graph.nodes}
         for node in self.graph.nodes:
-            self._parent[node] = node
-            readers[node], writers[node] = set(), set()
             does = self.effects[node] = self._with_buffers(node, effects(node, self.modules))
             depends = self.depends[node] = set(node.all_input_nodes)
             written = {self.class_of(n) for n in does.writes}
@@ -279,11 +277,13 @@ class Memory:
 
     def _with_buffers(self, node: Node, does: Effects) -> Effects:
         """Add to what a module writes the buffers of its own that the graph reads elsewhere (running statistics)."""
-        if node.op != "call_module" or not (does.opaque or self.modules(str(node.target)).training):
+        if not self._reads or node.op != "call_module":
+            return does
+        if not (does.opaque or self.modules(str(node.target)).training):
             return does
         inside = f"{node.target}."
         buffers = {name for name, _ in self.modules(str(node.target)).named_buffers()}
-        read = (n for n in self.graph.nodes if n.op == "get_attr" and str(n.target).startswith(inside))
+        read = [n for n in self._reads if str(n.target).startswith(inside)]
         written = tuple(n for n in read if str(n.target).removeprefix(inside) in buffers)
         return dataclasses.replace(does, writes=does.writes + written) if written else does
 

@@ -17,7 +17,8 @@ class ModuleState:
         self._dictionaries: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
         self._lists: list[tuple[str, list[Any], list[Any]]] = []
         for name, module in modules:
-            for live in (vars(module), *(vars(module)[key] for key in _DICTIONARIES)):
+            own = vars(module)
+            for live in (own, *(own[key] for key in _DICTIONARIES if key in own)):  # TorchScript keeps them elsewhere
                 self._dictionaries.append((name, live, dict(live)))
             lists = [(key, value) for key, value in vars(module).items() if type(value) is list]
             self._lists += [(_join(name, key), value, list(value)) for key, value in lists]

@@ -285,8 +285,10 @@ class FreezableModel(nn.Module):
         self.original._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        before = self._derived.signs()
         self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.refresh()
+        if self._derived.signs() != before:  # now, for a second move may end up at the first one's addresses
+            self.refresh()
         return self
 
     def extra_repr(self) -> str:

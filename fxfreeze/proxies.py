@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.fx import Node
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Proxy, assert_fn
 
 from fxfreeze.inputs import TraceRefusal
 
-__all__ = ["SCALAR_NAMES", "TracedProxy", "is_scalar", "taken_for_tensors"]
+__all__ = ["IN_PLACE", "SCALAR_NAMES", "TracedProxy", "is_scalar", "taken_for_tensors"]
 
+IN_PLACE = "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 # Attributes and methods of a tensor that give something else than a tensor.
 SCALAR_NAMES = frozenset(
     (
@@ -76,6 +77,12 @@ class TracedProxy(Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __bool__(self) -> bool:
+        if _is_asserted(self.node, sys._getframe(1)):
+            self.tracer.create_proxy("call_function", assert_fn, (self,), {})
+            return True
+        return bool(self.tracer.evaluate(self.node))
+
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
         count = _unpack_count(frame)
@@ -102,6 +109,25 @@ def _unpack_count(frame: FrameType) -> int | None:
     return None
 
 
+_COMPARISONS = {"==": "eq", "!=": "ne", "<": "lt", "<=": "le", ">": "gt", ">=": "ge"}
+
+
+def _is_asserted(node: Node, frame: FrameType) -> bool:
+    """Whether the calling frame asks for the truth of ``node`` only to assert it."""
+    following = (i for i in dis.get_instructions(frame.f_code) if i.offset >= frame.f_lasti)
+    instruction = next(following)
+    if instruction.opname == "COMPARE_OP":  # asks by itself from 3.13 on; a list compares its elements by ==
+        if _COMPARISONS.get(instruction.argval) != getattr(node.target, "__name__", None):
+            return False
+        instruction = next(following)
+    if instruction.opname == "TO_BOOL":
+        instruction = next(following)
+    if "JUMP" not in instruction.opname or not instruction.opname.endswith("IF_TRUE"):
+        return False
+    after = next(i for i in following if i.opname != "NOT_TAKEN")
+    return after.opname == "LOAD_ASSERTION_ERROR" or after.argval is AssertionError
+
+
 def _record_in_place(name: str) -> Callable[[TracedProxy, Any], TracedProxy]:
     target = getattr(operator, name)
 
@@ -114,7 +140,7 @@ def _record_in_place(name: str) -> Callable[[TracedProxy, Any], TracedProxy]:
     return record
 
 
-for _name in "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split():
+for _name in IN_PLACE:
     setattr(TracedProxy, f"__{_name}__", _record_in_place(_name))
 
 
@@ -140,6 +166,7 @@ class _TracedAttribute(TracedProxy):
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
+_SCALAR_TYPES = (int, float, bool, tuple, torch.Size, torch.dtype, torch.device)
 _isinstance = builtins.isinstance
 _apply = Function.__dict__["apply"]
 
@@ -155,8 +182,11 @@ def taken_for_tensors() -> Iterator[None]:
     def isinstance_or_traced(obj: Any, kind: Any) -> bool:
         if _isinstance(obj, kind):
             return True
-        # User code branches on isinstance(x, Tensor); a size must not take that branch.
-        return issubclass(type(obj), TracedProxy) and issubclass(Tensor, kind) and not obj._is_scalar()
+        if not issubclass(type(obj), TracedProxy):
+            return False
+        if not obj._is_scalar():
+            return issubclass(Tensor, kind)
+        return any(issubclass(t, kind) for t in _SCALAR_TYPES) and _isinstance(obj.tracer.evaluate(obj.node), kind)
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         if any(issubclass(type(a), Proxy) for a in (*args, *kwargs.values())):

@@ -164,9 +164,18 @@ def place(node: Node) -> str:
     return str(scope[-1]) if scope else node.name
 
 
+# What a tensor of the same shape, dtype and device answers alike.
+_LIKENESS = frozenset("shape size ndim dim numel dtype device is_floating_point is_cuda".split())
+
+
 def other_user(node: Node, known: Node) -> Node | None:
-    """A user of ``node`` besides ``known``."""
-    return next((user for user in node.users if user is not known), None)
+    """A user of ``node`` besides ``known`` that its elements matter to; those that look at its shape or dtype don't count."""
+    return next((user for user in node.users if user is not known and not _looks_at_likeness(user)), None)
+
+
+def _looks_at_likeness(user: Node) -> bool:
+    name = user.args[1] if user.target is getattr else user.target if user.op == "call_method" else None
+    return isinstance(name, str) and name in _LIKENESS
 
 
 def constant(value: Any, module: GraphModule) -> Tensor | None:

@@ -9,6 +9,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from fxfreeze.kept import ModuleState
+from fxfreeze.randomness import random_state_kept
+
 __all__ = ["Shapes"]
 
 
@@ -60,7 +63,12 @@ class Shapes:
                 module = self._net.get_submodule(str(node.target))
                 state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
                 fakes: dict[str, Tensor] = {name: self._fake(tensor) for name, tensor in state.items()}
-                return torch.func.functional_call(module, fakes, args, kwargs)
+                before = ModuleState(module.named_modules())
+                try:
+                    with random_state_kept():
+                        return torch.func.functional_call(module, fakes, args, kwargs)
+                finally:
+                    before.restore()
             case "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxfreeze.boundary import Boundary
-from fxfreeze.effects import Memory, silenced
+from fxfreeze.effects import Memory, name_of, silenced
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership
 
@@ -125,6 +125,9 @@ class _Cut:
         does = self.memory.effects[node]
         if not does.opaque and any(self.memory.class_of(n) in self.state for n in does.writes):
             return "it writes into a buffer or parameter"
+        if node.op == "call_module" and (module := self.net.get_submodule(str(node.target))).training:
+            if any(True for _ in module.buffers()):
+                return "it is in training mode, and may update its buffers"
         if self._draws(node) and self._in_training(node):
             return "it draws random numbers outside any frozen module"
         if self._draws(node) and drawn_live:
@@ -168,7 +171,8 @@ class _Cut:
         """What the crossing values need: their inputs, and whatever wrote into the memory of any of these."""
         crossed = {self.memory.class_of(n) for n in self.boundary.crossing}
         kept: set[Node] = set()
-        stack = [*self.boundary.crossing, *filter(self._draws, self.inside)]
+        stack = [n for n in self.inside if self._draws(n) or name_of(n) in ("assert_fn", "_assert")]
+        stack += self.boundary.crossing
         stack += [
             n for n in self.inside if any(self.memory.class_of(w) in crossed for w in self.memory.effects[n].writes)
         ]

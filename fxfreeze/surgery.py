@@ -14,11 +14,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.passes import PASSES
 from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
 from fxfreeze.split import Split, split
-from fxfreeze.trace import trace
+from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership
 
 __all__ = ["Decision", "Plan", "Surgery", "plan_key"]
@@ -47,13 +48,37 @@ class Decision(NamedTuple):
 
 
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
-    """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device, rank, layout."""
-    return spec, tuple(
+    """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device, rank, layout,
+    and which of them share memory."""
+    return spec, _sharing([leaf for leaf in leaves if isinstance(leaf, Tensor)]), tuple(
         (leaf.dtype, leaf.device, leaf.dim(), leaf.dim() == 4 and not leaf.is_contiguous())
         if isinstance(leaf, Tensor)
         else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
         for leaf in leaves
     )
+
+
+def _sharing(tensors: list[Tensor]) -> tuple[int, ...]:
+    """For each tensor, the number of the first that lies in the same storage."""
+    if len(tensors) < 2:
+        return ()
+    storages = [t.untyped_storage()._cdata if t.layout == torch.strided else id(t) for t in tensors]
+    return tuple(map(storages.index, storages))
+
+
+def _refuse_shared_writes(net: nn.Module, traced: Traced, tensors: list[Tensor]) -> None:
+    """Inputs are distinct memory to a graph: refuse to write into one that shares its memory with another."""
+    first = _sharing(tensors)
+    if len(set(first)) == len(first):
+        return
+    memory = Memory(traced.graph, net.get_submodule)
+    written = {memory.class_of(n) for does in memory.effects.values() for n in does.writes}
+    inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    for i, node in enumerate(inputs):
+        if first.count(first[i]) > 1 and memory.class_of(node) in written:
+            raise TraceRefusal(
+                f"forward writes into input {node.name!r}, which shares its memory with another input: clone one of them"
+            )
 
 
 @dataclass
@@ -106,8 +131,8 @@ class Surgery:
 
     def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         inputs, tensors = flatten_inputs(self.net, args, kwargs)
-        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            traced = trace(self.net, inputs, tensors)  # what forward makes may be saved by the tape of a later call
+        traced = trace(self.net, inputs, tensors)
+        _refuse_shared_writes(self.net, traced, tensors)
         cut = split(self.net, traced, self.ownership, self.depth)
         self._warn_of_leaves(cut.prefix, traced.leaves)
         segment = self._segment(cut, tensors)

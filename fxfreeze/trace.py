@@ -74,7 +74,6 @@ def trace(net: nn.Module, inputs: Inputs, examples: list[Tensor] | None = None) 
 
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True
-    trace_asserts = True
 
     def __init__(self, net: nn.Module, inputs: Inputs, examples: list[Tensor] | None, watch_random: bool = False):
         super().__init__(autowrap_functions=())
@@ -137,7 +136,7 @@ class _Tracer(torch.fx.Tracer):
             f"in a submodule, which is then kept whole"
         )
 
-    def _evaluating(self) -> bool:
+    def evaluating(self) -> bool:
         """Whether modules run for their shapes, inside the trace but not part of it."""
         return self.shapes is not None and self.shapes.running
 
@@ -152,7 +151,7 @@ class _Tracer(torch.fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._evaluating():
+        if self.evaluating():
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         outer, self.path = self.path, (*self.path, name)
@@ -246,7 +245,7 @@ class _Tracer(torch.fx.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        if self._evaluating() or not isinstance(attr_val, Tensor):
+        if self.evaluating() or not isinstance(attr_val, Tensor):
             return attr_val
         name = self.names.get(id(attr_val))
         return attr_val if name is None else self._read(name)
@@ -265,9 +264,10 @@ class _Tracer(torch.fx.Tracer):
             return self._tensor(a)
         return super().create_arg(a)
 
-    def is_stale(self, value: Any) -> bool:
-        """Whether Python holds an out-of-date copy of a constant that the trace has written into."""
-        return type(value) is not TracedProxy and not self._evaluating() and self.constants.written_in_trace(value)
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the graph reads ``tensor`` from a module, or has written into it: Python must not compute with it."""
+        known = id(tensor) in self.names or tensor in self.tensor_attrs
+        return not isinstance(tensor, TracedProxy) and (known or self.constants.written_in_trace(tensor))
 
     def proxy_of(self, tensor: Tensor) -> Proxy:
         """What stands for a constant in the trace."""
@@ -282,9 +282,6 @@ class _Tracer(torch.fx.Tracer):
         return self.constants.node(tensor)
 
     # ---- what Python may ask of a value (see TracedProxy)
-
-    def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.evaluate(obj.node))
 
     def evaluate(self, node: Node) -> Any:
         """The value of ``node`` for inputs shaped like the examples; the trace is then valid for these shapes only."""

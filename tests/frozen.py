@@ -1,17 +1,20 @@
-"""A network wholly frozen: its graph as the passes and the runtime are handed it, and what its forward dispatches."""
+"""Frozen networks to test with, whole as the passes see them or behind a model, and what their forwards dispatch."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import nets
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fxfreeze
+from fxfreeze import FreezableModel, Milestones
 from fxfreeze.inputs import flatten_inputs
 from fxfreeze.rewrite import Pass
-from fxfreeze.runtime import Computation, Segment, build
+from fxfreeze.runtime import BOUNDS, Computation, Segment, build, relative_error
 from fxfreeze.split import split
 from fxfreeze.trace import trace
 from fxfreeze.units import Ownership, Unit
@@ -72,3 +75,25 @@ def casts_of(call: Callable[[], Any], tensors: Sequence[Tensor]) -> int:
         call()
     places = {t.data_ptr() for t in tensors}
     return sum(name in ("_to_copy", "to") and source.data_ptr() in places for name, source in mode.sources)
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Five units of one convolution each but the last: stem, blocks.0, blocks.1, last, head."""
+    return nets.settle(nets.Chain(nets.ConvNorm(8, 8), nets.ConvNorm(8, 8))).to(dtype)
+
+
+def images(count: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, 8, 8, dtype=dtype)
+
+
+def frozen_to(unit: str, net: nn.Module, **options: Any) -> FreezableModel:
+    """``net`` with ``unit`` and all before it frozen from the start."""
+    return fxfreeze.compile(net, Milestones({unit: 0}), **options)
+
+
+def assert_as_original(model: FreezableModel, *inputs: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """The model's output is that of its original, whose frozen units are in eval, for the same random numbers."""
+    with torch.random.fork_rng():
+        values = model(*inputs)
+    with torch.no_grad(), torch.random.fork_rng():
+        assert relative_error(values.detach(), model.original(*inputs)) <= BOUNDS[dtype]

@@ -92,7 +92,7 @@ class Chain(nn.Module):
 
 def tied_weights() -> nn.Module:
     net = Chain(ConvNorm(8, 8), ConvNorm(8, 8), ConvNorm(8, 8))
-    net.blocks[1][0].weight = net.blocks[0][0].weight  # type: ignore[index]
+    net.blocks[1][0].weight = net.blocks[0][0].weight
     return net
 
 

@@ -141,7 +141,7 @@ def hooked() -> nn.Module:
     """Hooks on a block, and on a convolution inside one that is traced through."""
     net = Chain(ConvNorm(8, 8), ConvNorm(8, 8), TwoUsers())
     net.blocks[0].register_forward_hook(_halve)
-    net.blocks[1][0].register_forward_pre_hook(_shift)  # type: ignore[index, union-attr]
+    net.blocks[1][0].register_forward_pre_hook(_shift)
     return net
 
 
@@ -298,7 +298,7 @@ class OwnBackward(nn.Module):
         self.conv = ConvNorm(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return Doubled.apply(self.conv(x))  # type: ignore[no-any-return, no-untyped-call]
+        return Doubled.apply(self.conv(x))
 
 
 class Checkpointed(nn.Module):
@@ -307,12 +307,12 @@ class Checkpointed(nn.Module):
         self.conv = ConvNorm(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.conv, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self.conv, x, use_reentrant=False)
 
 
 def kept_whole() -> nn.Module:
     """Blocks that can't be traced, each for a reason of its own."""
     net = Chain(Stateful(), OwnBackward(), Checkpointed(), ConvNorm(8, 8))
-    conv = net.blocks[3][0]  # type: ignore[index]
+    conv = net.blocks[3][0]
     nn.utils.parametrizations.spectral_norm(conv)
     return net

@@ -78,7 +78,7 @@ class ListLoop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = []
         x = self.stem(x)
-        for conv, norm, scale in zip(self.parts["convs"], self.parts["norms"], self.scales, strict=True):  # type: ignore[call-overload]
+        for conv, norm, scale in zip(self.parts["convs"], self.parts["norms"], self.scales, strict=True):
             x = F.relu(norm(conv(x))) * scale + x
             features.append(x)
         return self.head(torch.cat(features, 1))

@@ -78,43 +78,43 @@ def assert_parity(
     surgery: bool = True,
     **options: Any,
 ) -> fxfreeze.FreezableModel:
-    """Compare at every depth, in train and in eval mode, over ``calls`` in turn; the last model made is returned.
+    """Compare at every depth, in train and in eval mode, over `calls` in turn; the last model made is returned.
 
     calls: the arguments of one forward each, a tuple or a dict; surgery: whether a prefix must have run.
     """
     net.train()
-    count = len(freezable(copy.deepcopy(net), **options).units)
-    assert count > 1, "a network of one unit freezes nothing"
-    for depth in range(1, count) if depths is None else depths:
+    unfrozen = freezable(copy.deepcopy(net), **options)
+    assert len(unfrozen.units) > 1, "a network of one unit freezes nothing"
+    for depth in range(1, len(unfrozen.units)) if depths is None else depths:
         for training in modes:
-            reference = copy.deepcopy(net)
-            model = freezable(copy.deepcopy(net), **options)
+            reference, model = copy.deepcopy(net), copy.deepcopy(unfrozen)
             model.freeze(depth)
-            where = f"depth {depth} of {count}, {'train' if training else 'eval'}"
+            where = f"depth {depth} of {len(model.units)}, {'train' if training else 'eval'}"
             for number, call in enumerate(calls):
                 model.train(training)
                 reference.train(training)
                 freeze_by_hand(reference, model.units[:depth])
-                _compare(model, reference, call, number, f"{where}, call {number}", surgery)
+                compare(model, reference, call, number, f"{where}, call {number}", surgery)
     return model
 
 
-def _compare(
-    model: fxfreeze.FreezableModel, reference: nn.Module, call: Any, seed: int, where: str, surgery: bool
+def compare(
+    model: fxfreeze.FreezableModel, reference: nn.Module, call: Any, seed: int, where: str, surgery: bool = True
 ) -> None:
+    """One forward and backward of both, with everything that must be equal."""
     args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
-    expected_args, expected_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    expected_args, expected_kwargs = copy.deepcopy((args, kwargs))  # inputs that share memory still do
     versions = [t._version for t in _tensors((args, kwargs))]
     kept = [t.clone() for t in _tensors((args, kwargs))]
 
     torch.manual_seed(seed)
+    expected = reference(*expected_args, **expected_kwargs)
+    expected_grads = _backward(reference, expected)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(seed)
     with boundaries() as crossed:
         outputs = model(*args, **kwargs)
         grads = _backward(model, outputs)
-    drawn = torch.get_rng_state()
-    torch.manual_seed(seed)
-    expected = reference(*expected_args, **expected_kwargs)
-    expected_grads = _backward(reference, expected)
 
     assert torch.equal(torch.get_rng_state(), drawn), f"{where}: other random numbers were drawn"
     assert pytree.tree_structure(outputs) == pytree.tree_structure(expected), f"{where}: another output structure"
@@ -125,7 +125,7 @@ def _compare(
     largest = max((float(g.norm()) for g in expected_grads.values()), default=0.0)
     for name, grad in grads.items():
         error = float((grad - expected_grads[name]).norm())
-        assert error <= TOLERANCE * largest, f"{where}: the gradient of {name} is off by {error:.1e} (largest: {largest:.1e})"
+        assert error <= TOLERANCE * largest, f"{where}: gradient of {name} is off by {error:.1e} (largest: {largest:.1e})"
     for (name, ours), (_, theirs) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
         _assert_close(ours, theirs, f"{where}: buffer {name}")
     for now, before, version in zip(_tensors((args, kwargs)), kept, versions, strict=True):

@@ -71,8 +71,8 @@ def norm(tensors: dict[str, Tensor]) -> float:
 
 
 def gap(ours: Tensor, theirs: Tensor, least: float = 0.0) -> float:
-    """``|ours - theirs| / max(|theirs|, least)`` by the 2-norm; infinite for another shape or dtype, or a NaN."""
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+    """``|ours - theirs| / max(|theirs|, least)`` by the 2-norm; infinite for another shape, or a NaN."""
+    if ours.shape != theirs.shape:
         return math.inf
     distance = float(torch.linalg.vector_norm(ours.double() - theirs.double()))
     if not math.isfinite(distance):
@@ -103,7 +103,7 @@ class Step:
         with context():
             output = net(*call.args, **call.kwargs)
             loss = measure(output, seed)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
         optimizer.zero_grad()
@@ -114,23 +114,26 @@ class Step:
         output = pytree.tree_map_only(Tensor, Tensor.detach, output)
         return cls(output, loss.detach(), gradients, parameters, dict(net.named_buffers()), random)
 
-    def assert_like(
-        self, reference: "Step", tolerance: float, gradients: float | None = None, state: float | None = None
-    ) -> None:
-        """Within ``tolerance`` of the reference, by relative error, and the same random numbers drawn.
-
-        gradients: another tolerance for those; state: another for weights and buffers.
-        """
+    def assert_same_form(self, reference: "Step") -> None:
+        """Outputs of the same structure and dtypes, gradients of the same parameters, the same random numbers drawn."""
         assert pytree.tree_structure(self.output) == pytree.tree_structure(reference.output)
-        for ours, theirs in zip(leaves(self.output), leaves(reference.output), strict=True):
-            assert gap(ours, theirs) <= tolerance, "output"
-        assert gap(self.loss, reference.loss) <= tolerance, "loss"
-        bound = tolerance if gradients is None else gradients
-        assert gaps(self.gradients, reference.gradients, FLOOR) <= bound, "gradients"
-        bound = tolerance if state is None else state
-        assert gaps(self.parameters, reference.parameters) <= bound, "weights"
-        assert gaps(self.buffers, reference.buffers) <= bound, "buffers"
+        assert [t.dtype for t in leaves(self.output)] == [t.dtype for t in leaves(reference.output)]
+        assert self.gradients.keys() == reference.gradients.keys()
         assert torch.equal(self.random, reference.random), "random numbers drawn"
+
+    def gaps_from(self, reference: "Step") -> dict[str, float]:
+        """By kind, the largest relative difference from the reference."""
+        return {
+            "output": max(map(gap, leaves(self.output), leaves(reference.output))),
+            "loss": gap(self.loss, reference.loss),
+            "gradients": gaps(self.gradients, reference.gradients, FLOOR),
+            "weights": gaps(self.parameters, reference.parameters),
+            "buffers": gaps(self.buffers, reference.buffers),
+        }
+
+    def assert_like(self, reference: "Step", tolerance: float) -> None:
+        for kind, difference in self.gaps_from(reference).items():
+            assert difference <= tolerance, kind
 
 
 def put_in_eval(net: nn.Module, model: FreezableModel) -> None:
@@ -156,13 +159,13 @@ class Run:
             example_inputs=(example.kwargs or example.args) if case.examples else None,
         )
         self.optimise = optimise
-        self.optimizer = optimise(list(self.model.parameters()))  # type: ignore[arg-type]
+        self.optimizer = optimise(list(self.model.parameters()))
         self.scheduler = FreezeScheduler(self.optimizer, self.model)
         self._frozen: dict[str, Tensor] = {}
 
     def call(self, step: int) -> Call:
         call = self.case.calls(torch.Generator().manual_seed(1000 + step), step)
-        return pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, call)  # type: ignore[no-any-return]
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t, call)
 
     def step(self, number: int, context: Context = contextlib.nullcontext) -> Step:
         self.model.train()  # as some trainers do at every step
@@ -234,7 +237,7 @@ def lock_step(
 ) -> Iterator[tuple[Step, ...]]:
     """Each step of ours, under the first context, with the same step of a reference under each context.
 
-    Frozen tensors are checked at every step, and at the end that three freezes were crossed.
+    Frozen tensors and the form of what comes out are checked at every step, and at the end that three freezes were crossed.
     """
     references = [Reference(run, context, freeze) for context in contexts]
     depths = set()
@@ -245,7 +248,9 @@ def lock_step(
         ours = run.step(number, contexts[0])
         run.assert_rewritten()
         run.assert_frozen()
-        yield ours, *(reference.step(number) for reference in references)
+        theirs = [reference.step(number) for reference in references]
+        ours.assert_same_form(theirs[0])
+        yield ours, *theirs
         run.scheduler.step()
         run.assert_frozen()
     assert len(depths) > 3, f"three freezes are to be crossed, and the depths were {sorted(depths)}"

@@ -62,11 +62,10 @@ def test_a_trained_state_loads_into_the_bare_network(name: str) -> None:
             run.step(number)
             run.scheduler.step()
     assert run.model.depth
-    bare, call = case.make().double(), run.call(20)
+    bare = case.make().double()
     bare.load_state_dict(run.model.state_dict(), strict=True)
     with torch.no_grad(), parts_kept_whole(case):
-        theirs = leaves(bare.eval()(*call.args, **call.kwargs))
-        ours = leaves(run.model.eval()(*call.args, **call.kwargs))
+        ours, theirs = (leaves(net.eval()(*run.call(20).args, **run.call(20).kwargs)) for net in (run.model, bare))
     assert max(map(gap, ours, theirs)) <= 1e-10
 
 
@@ -156,7 +155,7 @@ def test_nothing_that_is_handed_over_is_written_into(name: str, monkeypatch: pyt
         call = run.call(1)
         handed.extend((t, t.clone()) for t in leaves(call))
         with parts_kept_whole(case):
-            measure(run.model(*call.args, **call.kwargs), depth).backward()  # type: ignore[no-untyped-call]
+            measure(run.model(*call.args, **call.kwargs), depth).backward()
         assert all(torch.equal(t, before) for t, before in handed), f"at depth {depth}"
         handed.clear()
 
@@ -171,9 +170,24 @@ def test_three_forwards_before_one_backward(name: str) -> None:
         torch.manual_seed(3)
         with parts_kept_whole(case):
             outputs = [net(*call.args, **call.kwargs) for call in map(run.call, (1, 2, 4))]
-        torch.stack([measure(output, seed) for seed, output in enumerate(outputs)]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([measure(output, seed) for seed, output in enumerate(outputs)]).sum().backward()
         gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     assert gradients[0]
+    assert gaps(*gradients, FLOOR) <= 1e-10
+
+
+def test_gradients_flow_where_the_first_forward_ran_without() -> None:
+    """A forward under ``torch.no_grad()`` shows no difference between what the network itself keeps from the tape."""
+    run, _ = run_of("no_grad")
+    run.model.freeze(2)
+    run.model.eval()
+    call = run.call(1)
+    with torch.no_grad():
+        run.model(*call.args)
+    measure(run.model(*call.args), 0).backward()
+    by_hand = frozen_by_hand(run).eval()
+    measure(by_hand(*call.args), 0).backward()
+    gradients = [{n: p.grad for n, p in net.named_parameters() if p.grad is not None} for net in (run.model, by_hand)]
     assert gaps(*gradients, FLOOR) <= 1e-10
 
 

@@ -156,7 +156,8 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
     "function": lambda: Run(lambda net, x: F.relu(x)),
     "method": lambda: Run(lambda net, x: x.relu()),
-    "output size": lambda: Run(lambda net, x: net.up(x, output_size=(18, 16)), up=nn.ConvTranspose2d(4, 6, 2, 2)),
+    "output size": lambda: Run(lambda net, x: net.up(x, (18, 16)), up=nn.ConvTranspose2d(4, 6, 2, 2)),
+    "named output size": lambda: Run(lambda net, x: net.up(x, output_size=(18, 16)), up=nn.ConvTranspose2d(4, 6, 2, 2)),
 }
 
 
@@ -249,6 +250,24 @@ def test_other_users() -> None:
     assert other_user(tanh, add) is None
 
 
+def test_who_looks_at_the_shape_is_no_user() -> None:
+    """But who looks at an element, or at where the tensor lies, is one."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = torch.exp(x)
+        return torch.tanh(y).reshape(y.shape[0], y.size(1), -1).to(y.dtype)[: y.stride(0)]
+
+    graph = plain_graph(Run(run), torch.randn(5, 4))
+    x, exp, tanh, *_ = graph.graph.nodes
+    stride = other_user(exp, tanh)
+    assert stride is not None
+    assert stride.target == "stride"
+    stride.replace_all_uses_with(x)
+    graph.graph.erase_node(stride)
+    assert len(exp.users) == 4
+    assert other_user(exp, tanh) is None
+
+
 def test_held_tensors_have_names_of_their_own() -> None:
     graph = plain_graph(Run(lambda n, x: F.linear(x, n.w), w=WEIGHT.clone()), torch.randn(5, 4))
     tensors = [torch.randn(3, 4) for _ in range(4)]
@@ -281,8 +300,11 @@ def test_forget_erases_what_nothing_reads() -> None:
     assert "abs_1" not in names
     assert "b" not in names
     graph.graph.lint()
-    forget(graph, Op("linear", F.linear, {"input": op.input, "weight": held}))
-    assert "other" in graph._buffers  # still read
+    with graph.graph.inserting_before(replacement):
+        second = graph.graph.get_attr("other")
+    for unread in (held, second):  # the first is read still, and then what it reads is
+        forget(graph, Op("linear", F.linear, {"input": op.input, "weight": unread}))
+        assert "other" in graph._buffers
     replacement.replace_all_uses_with(op.input)
     graph.graph.erase_node(replacement)
     forget(graph, Op("linear", F.linear, {"input": op.input, "weight": held}))

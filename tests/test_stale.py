@@ -77,6 +77,11 @@ def replace_parameters(net: nn.Module, other: nn.Module) -> None:
         setattr(net.get_submodule(owner), key, nn.Parameter(other.get_parameter(name).detach().clone()))
 
 
+def transpose_a_parameter(net: nn.Module, other: nn.Module) -> None:
+    """Another parameter on the same memory."""
+    net.get_submodule("blocks.0.0").weight = nn.Parameter(net.get_parameter("blocks.0.0.weight").detach().transpose(0, 1))
+
+
 def replace_a_buffer(net: nn.Module, other: nn.Module) -> None:
     net.get_submodule("blocks.0.1").running_mean = other.get_buffer("blocks.0.1.running_mean") + 3
 
@@ -90,6 +95,7 @@ CHANGES: dict[str, Callable[[nn.Module, nn.Module], None]] = {
     "one statistic": copy_one_statistic,
     "swapped .data": swap_storages,
     "other parameters": replace_parameters,
+    "a parameter on the same memory": transpose_a_parameter,
     "another buffer": replace_a_buffer,
 }
 
@@ -199,6 +205,19 @@ def test_live_weights_need_no_rebuild() -> None:
         assert_same(model.eval(), x=x)
         model.train()(x)
         assert model.prefix.segments[0] is prefix.segments[0]
+
+
+def test_moves_let_the_old_weights_go_at_once() -> None:
+    """Where a module is moved, memory is short; and a move that moves nothing costs nothing."""
+    model = fxfreeze.compile(network(), Milestones({"blocks.0": 0})).eval()
+    x = images()
+    model(x)
+    prefix = model.prefix
+    assert model.to("cpu").to(torch.float32).prefix is prefix
+    assert str(model.to(torch.float64).prefix) == "prefix: 2 frozen units, built at the next forward"
+    model.to(torch.float32)
+    assert_same(model, x=x)
+    assert model.prefix is not prefix
 
 
 def test_no_rebuild_without_a_change() -> None:

@@ -94,7 +94,7 @@ def test_names_and_their_order(depth: int) -> None:
         assert all(a is b for (name, a), (_, b) in zip(pairs, theirs, strict=True) if name)
     assert list(model.state_dict()) == list(reference.state_dict())
     assert model.state_dict()._metadata == reference.state_dict()._metadata  # type: ignore[attr-defined]
-    assert list(model.parameters())[0] is next(net.parameters())
+    assert next(iter(model.parameters())) is next(net.parameters())
 
 
 def test_signature() -> None:
@@ -362,7 +362,7 @@ def test_state_through_a_file() -> None:
     x = images()
     for net in (bare, other):
         assert_same(net(x), model.eval()(x))
-    with pytest.raises(RuntimeError, match="Missing key.*stem.0.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*stem\.0\.weight"):
         model.load_state_dict({k: v for k, v in state.items() if k != "stem.0.weight"})
     missing, unexpected = model.load_state_dict({"other": torch.ones(1)}, strict=False)
     assert "stem.0.weight" in missing

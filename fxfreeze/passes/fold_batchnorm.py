@@ -102,9 +102,9 @@ def _fold(layer_node: Node, layer: Op, node: Node, scale: Tensor, shift: Tensor,
         source = arguments.pop("input")
         replacement = module.graph.call_function(layer.function, (source,), arguments)
     replacement.meta.update(layer_node.meta, value=node.meta["value"])
-    node.replace_all_uses_with(replacement)
-    module.graph.erase_node(node)
-    module.graph.erase_node(layer_node)
+    for gone in (node, layer_node):
+        gone.replace_all_uses_with(replacement)
+        module.graph.erase_node(gone)
 
 
 def _along_outputs(scale: Tensor, layer: Op, weight: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def _convert_inputs(module: GraphModule) -> None:
         value = node.meta["value"]
         if value is not None and value.dim() == 4 and value.is_floating_point():
             with module.graph.inserting_after(node):
-                layout = {"memory_format": torch.channels_last}
+                layout: dict[str, Any] = {"memory_format": torch.channels_last}
                 converted = module.graph.call_method("to", (node,), layout)
             converted.meta.update(node.meta)
             node.replace_all_uses_with(converted, delete_user_cb=lambda user, kept=converted: user is not kept)

@@ -59,6 +59,31 @@ def norm(channels: int, dims: int = 2, **options: Any) -> nn.Module:
     return {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims](channels, **options)
 
 
+class Branch(nn.Module):
+    """``run`` is the forward, on the children given."""
+
+    def __init__(self, run: Callable[..., Tensor], **children: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(self, *inputs)
+
+
+def shape_in_between() -> nn.Module:
+    """Sizes of the convolution's output are read before the norm, and used after it."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        torch._assert(y.ndim == 4, "images")
+        n, c = y.shape[:2]
+        return net.norm(y).reshape(n, c, -1).to(y.dtype)
+
+    return Branch(run, conv=nn.Conv2d(4, 6, 3), norm=norm(6))
+
+
 IMAGE, SIGNAL, VOLUME = (5, 4, 9, 8), (5, 4, 12), (5, 4, 5, 6, 7)
 FOLDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), norm(6, 1)), SIGNAL),
@@ -94,6 +119,7 @@ FOLDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d as a function": (lambda: Functional(F.conv3d, (6, 4, 2, 2, 2), 6), VOLUME),
     "transposed as a function": (lambda: Functional(F.conv_transpose2d, (4, 3, 3, 3), 6, groups=2, stride=2), IMAGE),
     "linear as a function": (lambda: Functional(F.linear, (6, 4), 6), (5, 4)),
+    "shape in between": (shape_in_between, IMAGE),
     "standardised weights": (lambda: nn.Sequential(StandardisedConv(4, 6, 3), norm(6)), IMAGE),
 }  # fmt: skip
 
@@ -135,19 +161,6 @@ def test_computed_in_float64(transposed: bool) -> None:
     assert torch.equal(stored["bias"], bias.float())
 
 
-class Branch(nn.Module):
-    """``make`` builds what ``run`` uses; ``run`` is the forward."""
-
-    def __init__(self, run: Callable[..., Tensor], **children: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, child in children.items():
-            self.add_module(name, child)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.run(self, *inputs)
-
-
 def two_users() -> nn.Module:
     def run(net: Any, x: Tensor) -> Tensor:
         y = net.conv(x)
@@ -187,12 +200,13 @@ def rewritten_weight() -> nn.Module:
     return Branch(run, conv=nn.Conv2d(4, 6, 3), norm=norm(6))
 
 
+NO_LAYER = "is no convolution or linear layer"
 SCALE_SHIFTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
-    "on the input": (lambda: nn.Sequential(norm(4), nn.Conv2d(4, 6, 3)), IMAGE, "its input input_1 is no convolution or linear layer"),
-    "on (N, C)": (lambda: nn.Sequential(nn.Tanh(), norm(4, 1)), (5, 4), "its input _0 is no convolution or linear layer"),
-    "on volumes": (lambda: nn.Sequential(nn.Tanh(), norm(4, 3)), VOLUME, "its input _0 is no convolution or linear layer"),
-    "after a norm": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), norm(6), norm(6)), IMAGE, "its input _1 is no convolution or linear layer"),
-    "after a concatenation": (concatenation, IMAGE, "its input cat is no convolution or linear layer"),
+    "on the input": (lambda: nn.Sequential(norm(4), nn.Conv2d(4, 6, 3)), IMAGE, f"its input input_1 {NO_LAYER}"),
+    "on (N, C)": (lambda: nn.Sequential(nn.Tanh(), norm(4, 1)), (5, 4), f"its input _0 {NO_LAYER}"),
+    "on volumes": (lambda: nn.Sequential(nn.Tanh(), norm(4, 3)), VOLUME, f"its input _0 {NO_LAYER}"),
+    "after a norm": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), norm(6), norm(6)), IMAGE, f"its input _1 {NO_LAYER}"),
+    "after a concatenation": (concatenation, IMAGE, f"its input cat {NO_LAYER}"),
     "two users": (two_users, IMAGE, "the output of conv has another user: tanh"),
     "weight from the input": (weight_from_input, IMAGE, "the weight of conv2d is not a constant"),
     "random weight": (noisy_weight, IMAGE, "the weight of conv2d is not a constant"),
@@ -276,6 +290,20 @@ def test_standardised_weights_fold_once() -> None:
     assert [o.what for o in segment.outcomes] == ["left alone", "folded"]
     assert segment.rewritten is not None
     assert [n.op for n in segment.rewritten.graph.nodes].count("call_function") == 1
+
+
+def test_after_a_norm_that_is_left_alone() -> None:
+    """A batch norm is no layer that could take another in."""
+    net = settle(nn.Sequential(nn.Conv2d(4, 6, 3), norm(6, track_running_stats=False), norm(6)))
+    x = torch.randn(IMAGE)
+    segment = frozen(net, x, passes=[fold_batchnorm])
+    assert [(o.what, o.why) for o in segment.outcomes] == [
+        ("left alone", "it normalises with the batch's own statistics"),
+        ("made a scale and shift", f"its input _1 {NO_LAYER}"),
+    ]
+    with torch.no_grad():
+        x = x[:4]  # what the batch norm left alone normalises with
+        assert relative_error(segment(x)[0].double(), net.double()(x.double())) <= BOUNDS[torch.float32]
 
 
 def test_a_convolution_called_twice() -> None:
