@@ -118,7 +118,7 @@ def interleave(runs: Sequence[Run], arena: Arena, watch: Watch, stop: Callable[[
     """Trains all runs to their ends in rounds: `arena.block` steps of the shortest, as large a share of the others."""
     rounds = math.ceil(min(run.recipe.steps for run in runs) / arena.block)
     for done in range(1, rounds + 1):
-        turn = done % len(runs)  # each run is first in turn, and so is after each other one
+        turn = (done - 1) % len(runs)  # each run is first in turn, and so is after each other one
         for run in [*runs[turn:], *runs[:turn]]:
             advance(run, round(run.recipe.steps * done / rounds), arena, watch, stop)
 

@@ -111,7 +111,7 @@ class Recorded(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
-        if name in _LASTING or self._tracer.evaluating():
+        if name in _LASTING:
             return func(*args, **kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         held = [isinstance(leaf, Tensor) and self._tracer.holds(leaf) for leaf in leaves]

@@ -157,29 +157,26 @@ def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | d
     """Measure ``net`` by unit and predict what ``schedule`` saves.
 
     example_inputs: arguments of one call, a tuple or a dict of keyword inputs; dimension 0 of the first tensor is the
-    batch. Works on a copy: one forward in train mode is run and counted with torch's own FLOP counter.
+    batch. Works on a copy: one forward in train mode is run and counted with torch's own FLOP counter, one in eval mode.
     Raises TraceRefusal when the network can't be traced.
     """
     net = copy.deepcopy(net)
     traces = traces_of(net, example_inputs)
     ownership = find_units(net, traces)
-    net.train()
     args = () if isinstance(example_inputs, dict) else example_inputs
-    tensors = [
-        t for t in torch.utils._pytree.tree_leaves((args, example_inputs if not args else {})) if isinstance(t, Tensor)
-    ]
-    with random_state_kept(), torch.enable_grad():
-        counts = _Counter(as_module(net, _copy(traces[0].graph), traces[0].constants))
-        counts.run(*tensors)
+    tensors = [t for t in torch.utils._pytree.tree_leaves((args, example_inputs if not args else {})) if isinstance(t, Tensor)]
     count = len(ownership.units)
-    owners = _owners(traces[0], ownership)
     flops, saved = [0] * count, [0] * count
-    for name, owner in owners.items():
-        flops[owner] += counts.flops[name]
-        saved[owner] += counts.saved[name]
+    with random_state_kept(), torch.enable_grad():
+        training = _count(net.train(), traces[0], tensors)
+    for name, owner in _owners(traces[0], ownership).items():
+        flops[owner] += training.flops[name]
+        saved[owner] += training.saved[name]
+    with random_state_kept(), torch.no_grad():
+        frozen = _count(net.eval(), traces[1], tensors)
     batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-    cuts = [split(net, traces[0], ownership, depth).boundary for depth in range(1, count)]
-    boundary = [sum(counts.sizes[name] for name in names) // batch for names in cuts]
+    cuts = [split(net, traces[1], ownership, depth).boundary for depth in range(1, count)]
+    boundary = [sum(frozen.sizes[name] for name in names) // batch for names in cuts]
     return Plan(
         units=ownership.units,
         unit_flops=tuple(f // batch for f in flops),
@@ -222,10 +219,12 @@ class _Counter(Interpreter):
         return value
 
 
-def _copy(graph: Graph) -> Graph:
-    result = Graph()
-    result.output(result.graph_copy(graph, {}))
-    return result
+def _count(net: nn.Module, traced: Traced, tensors: list[Tensor]) -> _Counter:
+    graph = Graph()
+    graph.output(graph.graph_copy(traced.graph, {}))
+    counter = _Counter(as_module(net, graph, traced.constants))
+    counter.run(*tensors)
+    return counter
 
 
 def _owners(traced: Traced, ownership: Ownership) -> dict[str, int]:

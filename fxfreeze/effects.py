@@ -263,8 +263,7 @@ class Memory:
             does = self.effects[node] = self._with_buffers(node, effects(node, self.modules))
             depends = self.depends[node] = set(node.all_input_nodes)
             written = {self.class_of(n) for n in does.writes}
-            for n in node.all_input_nodes:
-                c = self.class_of(n)
+            for c in {self.class_of(n) for n in node.all_input_nodes} | written:
                 depends |= writers[c]
                 if c in written:
                     depends |= readers[c]

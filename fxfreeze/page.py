@@ -53,7 +53,8 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
     stairs = [row for name, row in first.rows.items() if name != "plain-short"]
     yield (
         "The staircase",
-        f"Each freeze takes a unit out of the backward pass. Rows of seed {first.seed}.",
+        "Each freeze takes a unit out of the backward pass. Times are running medians of "
+        f"{pictures.SMOOTHING_STEPS} steps, of the rows of seed {first.seed}.",
         pictures.staircase(stairs),
     )
     scheduled = next((first.rows[name] for name in ("freezeout", "fxfreeze") if name in first.rows), None)

@@ -50,6 +50,7 @@ def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
         axes.set_xlim(0, 1.08 * max(row.seconds for trial in trials for row in trial.rows.values()))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ends.margins(y=0.3)
+    ends.set_ylim(top=min(ends.get_ylim()[1], 1.005))
     curves.legend(loc="lower right", frameon=False)
     return figure
 
@@ -65,7 +66,7 @@ def staircase(rows: Sequence[Row]) -> Figure:
             depths.step(
                 range(row.steps), row.record.depths, where="post", color=COLOURS[row.name], label=row.name, ls=style
             )
-    times.set_title(f"Time of an iteration, milliseconds (running median of {SMOOTHING_STEPS} steps)", loc="left")
+    times.set_title("Milliseconds an iteration", loc="left")
     ordinary = sorted(value * 1e3 for row in rows for value in row.record.step_seconds)
     times.set_ylim(0, 1.2 * ordinary[int(0.98 * (len(ordinary) - 1))])  # a machine that stood still for once
     times.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=len(rows))

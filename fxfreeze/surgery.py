@@ -3,6 +3,7 @@
 Everything here is derived from the network and may be dropped at any time.
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -115,7 +116,10 @@ class Surgery:
             return None
         began = time.perf_counter()
         try:
-            return self._make(key, args, kwargs)
+            # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
+            make = torch.compiler.disable(self._make) if "torch._dynamo" in sys.modules else self._make  # type: ignore[no-untyped-call]
+            plan: Plan = make(key, args, kwargs)
+            return plan
         except TraceRefusal as refusal:
             self._refused.add(key)
             self._warn(f"this call runs the original, frozen units included: {refusal}")

@@ -288,7 +288,8 @@ class _Tracer(torch.fx.Tracer):
         if self.shapes is None:
             raise TraceRefusal(f"Python looks at the value of {node.name}")
         self.shape_bound = True
-        return self.shapes.evaluate(node)
+        with torch._C.DisableTorchFunction():  # nothing there is for the graph
+            return self.shapes.evaluate(node)
 
 
 def _leaf_reason(m: nn.Module) -> str | None:

@@ -1,11 +1,11 @@
-"""The comparison: taking turns, the length of plain-short, the correction for drift, FLOPs, and the contests."""
+"""The comparison: taking turns, the length of plain-short, the correction for drift, stopping, and FLOPs."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from tiny import SETTINGS, Flat, Tiny, after, arena, lineup, make_run, net, never
+from tiny import SETTINGS, Log, after, arena, lineup, make_run, net, never
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,21 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxfreeze import compare as engine
 from fxfreeze.batches import Split
 from fxfreeze.compare import Trial, compare, interleave, step_flops
-from fxfreeze.contest import Finetune, FromScratch, choose, run_trial
-from fxfreeze.imports import ChoiceError
 from fxfreeze.recipes import Recipe, plain
-from fxfreeze.task import Task
 from fxfreeze.train import Run
-
-
-class Log:
-    """Notes the step that each run stands at when it is shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[str, int]] = []
-
-    def __call__(self, name: str, run: Run) -> None:
-        self.seen.append((name, run.step))
 
 
 class Clock:
@@ -293,90 +280,3 @@ def test_flops_of_a_row_are_summed_over_its_depths(trial: Trial) -> None:
     freezing = trial.rows["fxfreeze"]
     assert trial.rows["plain"].flops == 20 * counts[0]
     assert freezing.flops == trial.rows["freezeout"].flops == sum(counts[depth] for depth in freezing.record.depths)
-
-
-# ---- contests
-
-
-@pytest.fixture
-def task() -> Task:
-    field = arena()
-    return Task("tiny:Tiny", "tiny:data", field.train, field.val, field.test, 4, 1, 6)
-
-
-def test_a_task_builds_the_same_network_for_the_same_seed(task: Task) -> None:
-    first, again, other = task.build(0), task.build(0), task.build(1)
-    assert torch.equal(first.get_parameter("fc.weight"), again.get_parameter("fc.weight"))
-    assert not torch.equal(first.get_parameter("fc.weight"), other.get_parameter("fc.weight"))
-
-
-def test_from_scratch_scales_the_steps_of_freezing_rows(task: Task) -> None:
-    contest = FromScratch(task, SETTINGS)
-    assert {name: recipe.steps for name, recipe in contest.recipes.items()} == {
-        "plain": 20,
-        "freezeout": 30,
-        "fxfreeze": 30,
-    }
-
-
-def test_finetuning_goes_on_to_other_classes_with_a_new_head(task: Task) -> None:
-    contest = Finetune(task, SETTINGS)
-    assert contest.source.num_classes == contest.task.num_classes == 2
-    originals = {tuple(image.flatten().tolist()) for image in contest.source.train.images}
-    assert not originals & {tuple(image.flatten().tolist()) for image in contest.task.train.images}
-    assert set(contest.task.test.labels.tolist()) == {0, 1}
-
-    log = Log()
-    start = contest.start(5, log, never)
-    assert isinstance(start, Tiny)
-    assert log.seen[-1] == ("pretrain", contest.source.steps(SETTINGS))
-    fresh = contest.task.build(5)
-    assert torch.equal(start.fc.weight, fresh.get_parameter("fc.weight"))
-    assert not torch.equal(start.block1[0].weight, fresh.get_parameter("block1.0.weight"))
-
-
-def test_finetuning_freezes_every_unit_but_the_head(task: Task) -> None:
-    contest = Finetune(task, SETTINGS)
-    rows = ["plain", "by-hand", "fxfreeze", "freezeout", "plain-short"]
-    outcome = run_trial(contest, SETTINGS, rows, 4, Log(), never)
-    assert outcome is not None
-    assert list(outcome.rows) == rows
-    assert set(outcome.rows["fxfreeze"].record.depths) == set(outcome.rows["by-hand"].record.depths) == {4}
-    assert outcome.rows["fxfreeze"].flops == outcome.rows["by-hand"].flops < outcome.rows["plain"].flops
-    assert outcome.rows["fxfreeze"].record.losses == pytest.approx(outcome.rows["by-hand"].record.losses, rel=1e-3)
-    assert outcome.rows["freezeout"].record.depths[0] == 0
-
-
-def test_finetuning_stopped_while_pretraining_has_no_start(task: Task) -> None:
-    assert Finetune(task, SETTINGS).start(0, Log(), after(1)) is None
-    assert run_trial(Finetune(task, SETTINGS), SETTINGS, ["plain"], 4, Log(), after(1)) is None
-
-
-def test_finetuning_needs_four_classes(task: Task) -> None:
-    with pytest.raises(ChoiceError, match="tiny:data has 3, expected 4 or more"):
-        Finetune(task.of_classes(range(3)), SETTINGS)
-
-
-def test_a_network_of_one_unit_is_refused(task: Task) -> None:
-    flat = dataclasses.replace(task, model=f"{Flat.__module__}:{Flat.__name__}")
-    for contest in (FromScratch, Finetune):
-        with pytest.raises(ChoiceError, match="one unit"):
-            contest(flat, SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["plain", "frezeout"], "'frezeout'; expected some of plain,freezeout,fxfreeze,plain-short"),
-        (["plain", "plain-short"], "plain-short, whose length follows from plain and fxfreeze"),
-        ([""], "''; expected some of"),
-    ],
-)
-def test_impossible_rows_are_refused(rows: list[str], message: str, task: Task) -> None:
-    with pytest.raises(ChoiceError, match=message):
-        choose(FromScratch(task, SETTINGS), rows)
-
-
-def test_rows_come_in_one_order(task: Task) -> None:
-    assert choose(FromScratch(task, SETTINGS), ["fxfreeze", "plain"]) == ["plain", "fxfreeze"]
-    assert choose(FromScratch(task, SETTINGS), None) == ["plain", "freezeout", "fxfreeze", "plain-short"]

@@ -43,6 +43,14 @@ def test_boundary_is_what_crosses() -> None:
     assert plan.boundary_bytes[-1] == 0
 
 
+def test_boundary_of_a_dense_block_grows_and_shrinks() -> None:
+    net = zoo.load("densenet-bc-8-16", num_classes=10, in_channels=1, image_size=28)
+    plan = fxfreeze.plan(net, fxfreeze.FreezeOut(100), (torch.randn(2, 1, 28, 28),))
+    channels = [16, 24, 32]  # the stem, then 8 more from each layer
+    assert list(plan.boundary_bytes[:3]) == [c * 28 * 28 * 4 for c in channels]
+    assert plan.boundary_bytes[3] == 16 * 14 * 14 * 4  # the transition halves channels and sides
+
+
 def test_saving_by_hand() -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
     plan = fxfreeze.plan(net, fxfreeze.Milestones({"1": 0}), (torch.randn(4, 8),))

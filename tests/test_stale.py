@@ -79,7 +79,9 @@ def replace_parameters(net: nn.Module, other: nn.Module) -> None:
 
 def transpose_a_parameter(net: nn.Module, other: nn.Module) -> None:
     """Another parameter on the same memory."""
-    net.get_submodule("blocks.0.0").weight = nn.Parameter(net.get_parameter("blocks.0.0.weight").detach().transpose(0, 1))
+    net.get_submodule("blocks.0.0").weight = nn.Parameter(
+        net.get_parameter("blocks.0.0.weight").detach().transpose(0, 1)
+    )
 
 
 def replace_a_buffer(net: nn.Module, other: nn.Module) -> None:

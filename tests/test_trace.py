@@ -2,9 +2,10 @@
 
 import builtins
 import copy
+import dataclasses
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -804,13 +805,99 @@ def test_a_wrapped_function_is_one_node() -> None:
     assert_replays(net, made, X)
 
 
-def test_a_network_of_a_thousand_layers() -> None:
-    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(1200)])
-    looks = Net(lambda self, x: x if x.shape[0] > 1 else -x)
-    made = traced(nn.Sequential(net, looks), torch.ones(2, 2))
-    assert len(targets(made, "call_module")) == 1200
+def test_shapes_behind_thousands_of_operators() -> None:
+    def forward(self: Net, x: Tensor) -> Tensor:
+        for _ in range(2000):
+            x = x + 1
+        return x if x.shape[0] > 1 else -x
+
+    assert len(traced(Net(forward)).graph.nodes) > 2000
 
 
 def test_no_dead_reads_are_left() -> None:
     made = traced(Net(by_kind))
     assert [n.name for n in made.graph.nodes if n.op == "get_attr" and not n.users] == ["fc_weight"]  # looked at, not used
+
+
+# ---- inputs and outputs
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclasses.dataclass
+class Result:
+    value: Tensor
+    scale: float = 2.0
+
+
+def takes_all(self: Net, x: Tensor, pair: Any = None, *, mask: Any = None, double: bool = False, **more: Any) -> Any:
+    y = self.fc(x)
+    if pair is not None:
+        y = y * pair.left + pair.right["deep"][1]
+    if mask is not None:
+        y = y * mask
+    if double:
+        y = y * 2
+    return Pair({"y": y, "x": x}, [None, double, "text", y.mean()]), sum(more.values(), y)
+
+
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
+    "one": ((X,), {}, ("x",)),
+    "None": ((X, None), {"mask": None}, ("x",)),
+    "keywords": ((), {"x": X, "mask": X > 0, "double": True}, ("x", "mask")),
+    "named tuple": ((X, Pair(X + 1, {"deep": [3.0, X]})), {}, ("x", "pair_left", "pair_right_deep_1")),
+    "bool": ((X,), {"double": True}, ("x",)),
+    "others": ((X,), {"extra": X * 2, "number": 3}, ("x", "extra")),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_inputs_and_outputs_of_any_structure(case: str) -> None:
+    args, kwargs, names = CALLS[case]
+    net = type("Root", (nn.Module,), {"forward": takes_all})()
+    net.fc = nn.Linear(6, 6)
+    inputs, tensors = flatten_inputs(net, args, kwargs)
+    assert inputs.names == names
+    again, again_named = inputs.unflatten(tensors)
+    assert pytree.tree_structure((again, again_named)) == pytree.tree_structure((args, kwargs))
+    made = trace(net, inputs, None)
+    ours, theirs = replay(net, made, *tensors), net(*args, **kwargs)
+    assert pytree.tree_structure(ours) == pytree.tree_structure(theirs)
+    for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_a_data_class_is_returned() -> None:
+    net = Net(lambda self, x: Result(self.fc(x)))
+    result = replay(net, traced(net, examples=False), X)
+    assert isinstance(result, Result)
+    assert result.scale == 2.0
+    torch.testing.assert_close(result.value, net(X).value)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (np.zeros(3), "input 'x_1' is a ndarray, whose contents a traced graph can't see: pass tensors, or register"),
+        ({3}, "input 'x_1' is a set"),
+        (Result(X), "input 'x_1' is a Result"),
+        (random.Random(0), "input 'x_1' is a Random"),
+    ],
+)
+def test_inputs_that_a_graph_can_t_see_are_refused_by_name(value: Any, named: str) -> None:
+    net = nn.Linear(6, 6)
+    net.forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(TraceRefusal, match=named):
+        flatten_inputs(net, ([X, value],), {})
+
+
+def test_constant_inputs_are_baked_and_the_rest_flows() -> None:
+    net = Net(lambda self, x, n, flag, dtype: self.fc(x).to(dtype) * n if flag else x)
+    inputs, tensors = flatten_inputs(net, (X, 3, True, torch.float64), {})
+    assert len(tensors) == 1
+    assert tensors[0] is X
+    made = trace(net, inputs, None)
+    assert torch.equal(replay(net, made, X), net(X, 3, True, torch.float64))

@@ -1,4 +1,4 @@
-"""One run: its data order, rates, forms of freezing, own random state, timing, and resuming bit for bit."""
+"""One run: its rates, forms of freezing, own random state, timing, and resuming bit for bit."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from tiny import SETTINGS, Tiny, after, arena, lineup, make_run, net
 from torch import Tensor, nn
 
 from fxfreeze import checkpoint
-from fxfreeze.batches import Batches, Split, of_classes
+from fxfreeze.batches import Batches, Split
 from fxfreeze.imports import ChoiceError
 from fxfreeze.model import FreezableModel
 from fxfreeze.recipes import Recipe, Settings, finetune, plain, renew_head, units_of
@@ -28,45 +28,6 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
-
-
-# ---- data
-
-
-def numbered(count: int) -> Split:
-    return Split(torch.arange(count).float().reshape(-1, 1), torch.arange(count))
-
-
-def test_each_epoch_visits_each_sample_at_most_once_in_an_order_of_its_own() -> None:
-    batches = Batches(numbered(23), 5, seed=7)
-    epochs = [torch.cat([batches[step].labels for step in range(4 * e, 4 * e + 4)]) for e in range(3)]
-    assert batches.steps_per_epoch == 4
-    assert all(len(set(epoch.tolist())) == 20 for epoch in epochs)
-    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
-
-
-def test_order_depends_on_seed_and_epoch_alone() -> None:
-    forwards, backwards, other = (Batches(numbered(20), 5, seed) for seed in (1, 1, 2))
-    expected = [forwards[step].labels.tolist() for step in range(8)]
-    torch.rand(100)
-    assert [backwards[step].labels.tolist() for step in reversed(range(8))] == expected[::-1]
-    assert [other[step].labels.tolist() for step in range(8)] != expected
-
-
-def test_images_and_labels_stay_together() -> None:
-    images, labels = Batches(numbered(20), 5, seed=0)[3]
-    assert torch.equal(images.flatten().long(), labels)
-
-
-def test_a_batch_larger_than_the_data_is_refused() -> None:
-    with pytest.raises(ChoiceError, match=r"batch of 21 .* holds 20: use a smaller batch size"):
-        Batches(numbered(20), 21, seed=0)
-
-
-def test_classes_are_chosen_and_counted_from_zero() -> None:
-    chosen = of_classes(Split(torch.arange(6.0), torch.tensor([0, 3, 2, 1, 3, 2])), range(2, 4))
-    assert chosen.images.tolist() == [1, 2, 4, 5]
-    assert chosen.labels.tolist() == [1, 0, 1, 0]
 
 
 # ---- rates
@@ -372,34 +333,3 @@ def check_resuming(name: str, step: int, settings: Settings, folder: Path) -> No
     assert resumed.record.depths == whole.record.depths[step:]
     assert_same(tensors_of(resumed), tensors_of(whole))
     assert resumed.state_dict()["scaler"] == whole.state_dict()["scaler"]
-
-
-def test_a_checkpoint_outlives_a_failed_save(tmp_path: Path) -> None:
-    path = tmp_path / "run.pt"
-    checkpoint.save(path, run={"step": 1}, about={})
-    with pytest.raises(AttributeError):  # a local function can't be pickled
-        checkpoint.save(path, run={"step": lambda: 2}, about={})
-    assert checkpoint.load(path)[0] == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
-def test_what_is_not_a_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / "file.pt"
-    if content is None:
-        torch.save({"weights": torch.ones(2)}, path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ChoiceError, match=r"file\.pt"):
-        checkpoint.load(path)
-
-
-def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
-    torch.save({"fxfreeze": 1, "about": {}, "run": Tiny()}, tmp_path / "code.pt")
-    with pytest.raises(ChoiceError, match="can't be read as a checkpoint"):
-        checkpoint.load(tmp_path / "code.pt")
-
-
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ChoiceError, match=r"no checkpoint at .*absent"):
-        checkpoint.load(tmp_path / "absent")

@@ -85,3 +85,13 @@ def after(calls: int) -> Callable[[], bool]:
     """False for so many calls, then True."""
     left = iter(range(calls))
     return lambda: next(left, None) is None
+
+
+class Log:
+    """Notes the step that each run stands at when it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def __call__(self, name: str, run: Run) -> None:
+        self.seen.append((name, run.step))

@@ -1,0 +1,70 @@
+"""Trials made up by hand, for the tests of what is said about them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fxfreeze import report
+from fxfreeze.compare import Row, Trial
+from fxfreeze.recipes import Settings
+from fxfreeze.report import Prediction, Report
+from fxfreeze.train import Evaluation, Record
+
+SAMPLES = 1000
+
+
+def make_row(
+    name: str,
+    *,
+    seconds: float,
+    right: int = 900,
+    steps: int = 100,
+    planned: int = 100,
+    build: float = 0.0,
+    loss: float = 1.0,
+) -> Row:
+    """A row that had the first `right` of the samples right."""
+    freezing = name in ("freezeout", "fxfreeze", "by-hand")
+    units = ("stem", "block", "head") if freezing else ()
+    depths = [min(2, 3 * i // steps) if freezing else 0 for i in range(steps)]
+    record = Record(seconds, 1.0, [loss] * steps, depths, [seconds / steps] * steps)
+    record.evaluations = [Evaluation(i, seconds * i / steps, loss, 0.5 + 0.004 * i) for i in (steps // 2, steps)]
+    return Row(
+        name=name,
+        about=f"about {name}",
+        planned=planned,
+        steps=steps,
+        seconds=seconds,
+        raw_seconds=seconds,
+        build_seconds=build,
+        evaluation_seconds=1.0,
+        flops=seconds * 1e6,
+        record=record,
+        units=units,
+        rates=[(i, [0.1 * (depths[i] <= u) for u in range(len(units) or 1)]) for i in range(0, steps, 10)],
+        test=right / SAMPLES,
+        correct=torch.arange(SAMPLES) < right,
+    )
+
+
+def make_trial(
+    seed: int = 0, *, ours: int = 900, short: int = 900, plain: float = 20.0, finished: bool = True
+) -> Trial:
+    rows = [
+        make_row("plain", seconds=plain, right=950),
+        make_row("freezeout", seconds=10.0, right=ours, steps=200, planned=200),
+        make_row("fxfreeze", seconds=8.0, right=ours, steps=200, planned=200, build=0.16),
+        make_row("plain-short", seconds=8.0, right=short, steps=round(800 / plain), planned=round(800 / plain)),
+    ]
+    return Trial(seed, {row.name: row for row in rows}, finished, drift=1.25, identical=1.01)
+
+
+def make_report(trials: Sequence[Trial]) -> Report:
+    return Report(
+        command="fxfreeze compare --rows '<i>x'",
+        subject={"network": "net<1>", "data": "digits", "kind": "trained from scratch"},
+        settings=Settings(),
+        trials=trials,
+        prediction=Prediction(0.4, 0.6),
+        environment=report.environment(torch.device("cpu")),
+    )
