@@ -90,8 +90,9 @@ class Atoms:
                     raise ValueError(
                         f"units: {name!r} is no module of the network; its modules are {', '.join(list(known)[1:])}"
                     )
-                if name in self.modules:
-                    raise ValueError(f"units: {name!r} is in two units")
+                inside = (inner for inner, _ in known[name].named_modules(prefix=name))
+                if (twice := next((inner for inner in inside if inner in self.modules), None)) is not None:
+                    raise ValueError(f"units: {twice!r} is in two units")
             self._open(names)
 
     def _open(self, names: list[str]) -> None:

@@ -74,7 +74,9 @@ class Boundary:
         """Decide what crosses, and return what is read by all that the suffix makes again from it."""
         tensors = {n for n in needed if not n.meta["scalar"] and n not in self._constants}
         self.cloned, self.entangled, remade = set(), set(), set[Node]()
-        for c in sorted({self.memory.class_of(n) for n in tensors} & self._written_outside, key=self._order.__getitem__):
+        for c in sorted(
+            {self.memory.class_of(n) for n in tensors} & self._written_outside, key=self._order.__getitem__
+        ):
             together = {n for n in tensors if self.memory.class_of(n) is c}
             paths = [self._from_owner(n) for n in together]
             owners = {path[0] for path in paths}

@@ -164,7 +164,9 @@ def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | d
     traces = traces_of(net, example_inputs)
     ownership = find_units(net, traces)
     args = () if isinstance(example_inputs, dict) else example_inputs
-    tensors = [t for t in torch.utils._pytree.tree_leaves((args, example_inputs if not args else {})) if isinstance(t, Tensor)]
+    tensors = [
+        t for t in torch.utils._pytree.tree_leaves((args, example_inputs if not args else {})) if isinstance(t, Tensor)
+    ]
     count = len(ownership.units)
     flops, saved = [0] * count, [0] * count
     with random_state_kept(), torch.enable_grad():

@@ -143,14 +143,17 @@ def build(
     began = time.perf_counter()
     segment = Segment(*span, plain, computation)
     with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
-        samples, reference = _reference(plain, inputs, random)
+        graph = _copy(plain)
+        samples, reference = _reference(graph, inputs, random)
         segment.formats = tuple(map(_format, reference))
         if not rewrite:
             segment.reason = DECIDED
         else:
             try:
                 with computation.context():
-                    graph = _rewritable(plain, samples)
+                    if computation.overrides:
+                        _Recorder(graph).run(*samples)  # what passes read is how this computation runs it
+                    graph.meta["compute_dtype"] = computation.autocast
                     segment.outcomes = run_passes(graph, passes)
                     random.restore()
                     outputs = graph.forward(*samples)
@@ -164,15 +167,15 @@ def build(
     return segment
 
 
-def _reference(plain: GraphModule, inputs: Sequence[Any], random: RandomState) -> tuple[list[Any], tuple[Any, ...]]:
+def _reference(graph: GraphModule, inputs: Sequence[Any], random: RandomState) -> tuple[list[Any], tuple[Any, ...]]:
     """A few samples of the batch, and what the original makes of them; the whole batch where it can't be sliced."""
     few = _first_samples(inputs)
     if few is not None:
         try:
-            return few, tuple(plain.forward(*few))
+            return few, tuple(_Recorder(graph).run(*few))
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
             random.restore()  # a network that ties samples together (pairs, frames) needs the batch it was given
-    return list(inputs), tuple(plain.forward(*inputs))
+    return list(inputs), tuple(_Recorder(graph).run(*inputs))
 
 
 def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:
@@ -192,8 +195,8 @@ class _Recorder(Interpreter):
         return value
 
 
-def _rewritable(plain: GraphModule, samples: Sequence[Any]) -> GraphModule:
-    """A copy of the plain graph that passes may edit, with the values' shapes and dtypes under this computation."""
+def _copy(plain: GraphModule) -> GraphModule:
+    """The plain graph as one that passes may edit."""
     module = GraphModule(torch.nn.Module(), Graph())
     module.root = plain.root
     for name, buffer in plain._buffers.items():
@@ -201,9 +204,6 @@ def _rewritable(plain: GraphModule, samples: Sequence[Any]) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(plain.graph, {}))
     module.graph = graph
-    device = next((t.device.type for t in samples if isinstance(t, Tensor)), "cpu")
-    module.meta["compute_dtype"] = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    _Recorder(module).run(*samples)
     return module
 
 

@@ -51,11 +51,15 @@ class Decision(NamedTuple):
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
     """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device, rank, layout,
     and which of them share memory."""
-    return spec, _sharing([leaf for leaf in leaves if isinstance(leaf, Tensor)]), tuple(
-        (leaf.dtype, leaf.device, leaf.dim(), leaf.dim() == 4 and not leaf.is_contiguous())
-        if isinstance(leaf, Tensor)
-        else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
-        for leaf in leaves
+    return (
+        spec,
+        _sharing([leaf for leaf in leaves if isinstance(leaf, Tensor)]),
+        tuple(
+            (leaf.dtype, leaf.device, leaf.dim(), leaf.dim() == 4 and not leaf.is_contiguous())
+            if isinstance(leaf, Tensor)
+            else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
+            for leaf in leaves
+        ),
     )
 
 

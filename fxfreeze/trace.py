@@ -90,7 +90,9 @@ class _Tracer(torch.fx.Tracer):
         self.reads: dict[str, Proxy] = {}
         self.path: tuple[str, ...] = ()
         self.shapes = (
-            None if examples is None else Shapes(net, dict(zip(inputs.names, examples, strict=True)), self.constants.tensors)
+            None
+            if examples is None
+            else Shapes(net, dict(zip(inputs.names, examples, strict=True)), self.constants.tensors)
         )
 
     def run(self) -> Traced:

@@ -125,7 +125,9 @@ def compare(
     largest = max((float(g.norm()) for g in expected_grads.values()), default=0.0)
     for name, grad in grads.items():
         error = float((grad - expected_grads[name]).norm())
-        assert error <= TOLERANCE * largest, f"{where}: gradient of {name} is off by {error:.1e} (largest: {largest:.1e})"
+        assert error <= TOLERANCE * largest, (
+            f"{where}: gradient of {name} is off by {error:.1e} (largest: {largest:.1e})"
+        )
     for (name, ours), (_, theirs) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
         _assert_close(ours, theirs, f"{where}: buffer {name}")
     for now, before, version in zip(_tensors((args, kwargs)), kept, versions, strict=True):

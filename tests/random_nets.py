@@ -297,7 +297,9 @@ def dropout(f: Forward) -> None:
     x = f.any_value()
     f.save(x)
     if f.in_block and f.pick(True, False):
-        f.let(x.shape, f.pick(f"F.dropout({x}, 0.3, self.training)", f"F.dropout2d({x}, p=0.2, training=self.training)"))
+        f.let(
+            x.shape, f.pick(f"F.dropout({x}, 0.3, self.training)", f"F.dropout2d({x}, p=0.2, training=self.training)")
+        )
     else:
         f.let(x.shape, f"{f.module(f.pick('nn.Dropout(0.2)', 'nn.Dropout2d(0.3)', 'nn.AlphaDropout(0.1)'))}({x})")
 

@@ -761,7 +761,9 @@ def test_a_trace_leaves_every_module_as_it_was() -> None:
     assert state.keys() == net.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
     after = [{**vars(m), **m._parameters, **m._buffers, **m._modules} for m in net.modules()]
-    assert all(a.keys() == b.keys() and all(a[key] is b[key] for key in a) for a, b in zip(attributes, after, strict=True))
+    assert all(
+        a.keys() == b.keys() and all(a[key] is b[key] for key in a) for a, b in zip(attributes, after, strict=True)
+    )
 
 
 # ---- modules
@@ -781,7 +783,9 @@ def test_scopes_name_the_modules_entered() -> None:
     assert scopes["relu_1"] == ()
 
 
-@pytest.mark.parametrize("holder", [lambda m: [m], lambda m: {"layer": m}, lambda m: (m,)], ids=["list", "dict", "tuple"])
+@pytest.mark.parametrize(
+    "holder", [lambda m: [m], lambda m: {"layer": m}, lambda m: (m,)], ids=["list", "dict", "tuple"]
+)
 def test_a_module_outside_the_hierarchy_is_named(holder: Callable[..., Any]) -> None:
     def forward(self: Net, x: Tensor) -> Tensor:
         layer = self.hidden["layer"] if isinstance(self.hidden, dict) else self.hidden[0]
@@ -816,7 +820,9 @@ def test_shapes_behind_thousands_of_operators() -> None:
 
 def test_no_dead_reads_are_left() -> None:
     made = traced(Net(by_kind))
-    assert [n.name for n in made.graph.nodes if n.op == "get_attr" and not n.users] == ["fc_weight"]  # looked at, not used
+    assert [n.name for n in made.graph.nodes if n.op == "get_attr" and not n.users] == [
+        "fc_weight"
+    ]  # looked at, not used
 
 
 # ---- inputs and outputs
