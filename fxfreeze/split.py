@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfreeze.boundary import Boundary
 from fxfreeze.effects import Memory, name_of, silenced
+from fxfreeze.regions import without_grad
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership
 
@@ -159,7 +160,9 @@ class _Cut:
             if node.op == "placeholder" and self.memory.class_of(node) in written:
                 copies[node] = _clone(graph, copies[node])  # the caller's input is not ours to write into
         for node in self.graph.nodes:
-            if node in kept or (node.op == "get_attr" and any(user in kept for user in node.users)):
+            if node in kept and node.target is without_grad:
+                copies[node] = copies[node.all_input_nodes[0]]  # nothing has a gradient here
+            elif node in kept or (node.op == "get_attr" and any(user in kept for user in node.users)):
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 if self._is_silenced(node):
                     off = silenced(node)

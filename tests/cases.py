@@ -20,6 +20,7 @@ from nets import (
 from nets_effects import (
     DataBranch,
     DropoutBlock,
+    EarlyReader,
     FullPrecision,
     IndexWrites,
     InPlace,
@@ -49,6 +50,7 @@ CASES = {
     "unet": Case(UNet, images),
     "in_place": Case(InPlace, images),
     "view_writes": Case(ViewWrites, images),
+    "early_reader": Case(EarlyReader, images),
     "input_writes": Case(InputWrites, image_and_vector),
     "splits": Case(Splits, images),
     "index_writes": Case(lambda: Chain(IndexWrites(), IndexWrites(), IndexWrites()), images),

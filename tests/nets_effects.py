@@ -222,6 +222,21 @@ class FullPrecision(nn.Module):
         return F.relu(y)
 
 
+class EarlyReader(nn.Module):
+    """An auxiliary head reads a tensor before it is written into: what is after the write can't freeze before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = ConvNorm(3, 8), nn.Conv2d(8, 8, 3, 1, 1), ConvNorm(8, 8), ConvNorm(8, 8)
+        self.aux, self.head = Head(8), Head(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(self.stem(x))
+        aux = self.aux(y)
+        y.mul_(0.5)
+        return self.head(self.c(self.b(y))), aux
+
+
 class InputWrites(nn.Module):
     """Writes into what it is called with, early and late."""
 

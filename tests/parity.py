@@ -161,17 +161,22 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _backward(net: nn.Module, outputs: Any) -> dict[str, Tensor]:
-    """Gradients, by parameter, of a sum over all outputs that weighs no two elements alike."""
+def loss(outputs: Any) -> Tensor | None:
+    """A sum over all outputs that weighs no two elements alike; None where none of them has a gradient."""
     terms = []
     for i, t in enumerate(_tensors(outputs)):
         if t.requires_grad:
             weights = torch.linspace(-1, 1 + i, max(1, t.numel()), dtype=t.dtype)[: t.numel()].view(t.shape)
             terms.append((t.sin() * weights).sum())
+    return torch.stack(terms).sum() if terms else None
+
+
+def _backward(net: nn.Module, outputs: Any) -> dict[str, Tensor]:
+    """Gradients by parameter."""
     for p in net.parameters():
         p.grad = None
-    if terms:
-        torch.stack(terms).sum().backward()
+    if (value := loss(outputs)) is not None:
+        value.backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 

@@ -100,13 +100,13 @@ class Step:
 
     @classmethod
     def take(cls, net: nn.Module, optimizer: Optimizer, call: Call, seed: int, context: Context) -> "Step":
+        optimizer.zero_grad()  # not at the end: units freeze while their gradients are there
         with context():
             output = net(*call.args, **call.kwargs)
             loss = measure(output, seed)
         loss.backward()
         optimizer.step()
         gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
-        optimizer.zero_grad()
         state = torch.get_rng_state()
         random = torch.rand(3)
         torch.set_rng_state(state)
@@ -208,6 +208,7 @@ class Reference:
     def follow(self, number: int) -> None:
         """Take over the weights, buffers, optimizer state and random state that our step starts from."""
         self.net.load_state_dict(self.run.model.state_dict())
+        self.net.zero_grad()
         self.freeze(self.net, self.run.model)
         self.optimizer = self.run.optimise(self._groups(number))
         for name, p in self.run.model.named_parameters():

@@ -1,0 +1,99 @@
+"""Random networks, at every depth and in both modes, beside the original with its frozen units in eval.
+
+Blocks, branches, concatenations, strides, groups, shared modules, views, in-place operators with used and unused
+results, writes through items, slices, views and `out=`, dropout of all kinds, training branches, regions without
+gradients, buffers that are read and updated, sizes, and dead code.
+"""
+
+import copy
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from parity import compare, freezable, freeze_by_hand, loss, settle
+from random_nets import networks
+from torch import Tensor, nn
+
+# What PyTorch says of networks that write into what their own backward needs: the original can't train these.
+_OWN_FAULTS = ("modified by an inplace operation", "is being modified inplace", "single memory location", "unsupported operation")
+
+
+def inputs() -> list[Tensor]:
+    """Two batches of different sizes."""
+    return [torch.randn(n, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (3, 2)]
+
+
+def runs(net: nn.Module, x: Tensor, backward: bool) -> bool:
+    """Whether the original itself can do this."""
+    try:
+        outputs = copy.deepcopy(net)(x.clone())
+        if backward and (value := loss(outputs)) is not None:
+            value.backward()
+    except RuntimeError as error:
+        if any(fault in str(error) for fault in _OWN_FAULTS):
+            return False
+        raise
+    return True
+
+
+def check(net: nn.Module, seen: Counter[str]) -> None:
+    """Every depth, both modes, two batches; `seen` counts what was compared."""
+    settle(net)
+    if not all(runs(net.train(mode), inputs()[0], backward=False) for mode in (True, False)):
+        seen["could not run"] += 1
+        return
+    unfrozen = freezable(copy.deepcopy(net.train()))
+    for depth in range(1, len(unfrozen.units)):
+        for training in (True, False):
+            model, reference = copy.deepcopy(unfrozen), copy.deepcopy(net)
+            model.freeze(depth)
+            for number, x in enumerate(inputs()):
+                model.train(training)
+                reference.train(training)
+                freeze_by_hand(reference, model.units[:depth])
+                if not runs(reference, x, backward=True):
+                    seen["could not train"] += 1
+                    break
+                where = f"depth {depth} of {len(model.units)}, {'train' if training else 'eval'}, call {number}"
+                compare(model, reference, (x,), number, where)
+                seen["compared"] += 1
+
+
+def run(examples: int) -> Counter[str]:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(networks())
+    def every_network(drawn: tuple[str, nn.Module]) -> None:
+        source, net = drawn
+        note(source)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "unit .* holds")
+            warnings.filterwarnings("ignore", "the network is a single unit")
+            warnings.filterwarnings("ignore", "frozen module .* runs as it is")
+            check(net, seen)
+        seen["networks"] += 1
+
+    every_network()
+    return seen
+
+
+def test_some_random_networks() -> None:
+    seen = run(40)
+    assert seen["compared"] > 8 * seen["networks"]
+    assert seen["could not run"] + seen["could not train"] < seen["networks"] / 4
+
+
+@pytest.mark.slow
+def test_many_random_networks() -> None:
+    seen = run(300)
+    assert seen["networks"] >= 300
+    assert seen["compared"] > 8 * seen["networks"]
