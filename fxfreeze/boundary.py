@@ -106,10 +106,8 @@ class Boundary:
     def _can_read(self, scalar: Node, tensors: set[Node]) -> bool:
         """Whether a number can be read again from the tensors that cross, by then perhaps written into."""
         chain, sources = _computation(scalar)
-        if any(name_of(n) in _VALUE_SCALARS for n in chain):
-            changed = self._written_inside
-        else:
-            changed = self._reshaped_inside
+        looks_inside = any(name_of(n) in _VALUE_SCALARS for n in chain)
+        changed = self._written_inside if looks_inside else self._reshaped_inside
         return all(n in tensors and self.memory.class_of(n) not in changed for n in sources)
 
     def _find_constants(self) -> set[Node]:

@@ -134,13 +134,13 @@ class Recorded(TorchFunctionMode):
 
 def _written(name: str, leaves: list[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The real tensors that an operator writes into."""
-    in_place = name.endswith("_") and not name.endswith("__") or name in _IN_PLACE
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     targets = [*leaves[: int(in_place)], *pytree.tree_leaves(kwargs.get("out"))]
     return [t for t in targets if type(t) is Tensor and _has_storage(t)]
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _has_storage(tensor: Tensor) -> bool:

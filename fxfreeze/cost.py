@@ -112,7 +112,8 @@ class Plan:
         when = "" if self.total_steps is not None else " once every milestone has passed"
         return (
             f"predicted saving{when}: {self.saving(cached=False):.1%} of plain training's FLOPs, "
-            f"{self.saving(cached=True):.1%} with the frozen outputs cached; a full step holds {self.memory(0) / 2**20:,.1f} MiB"
+            f"{self.saving(cached=True):.1%} with the frozen outputs cached; "
+            f"a full step holds {self.memory(0) / 2**20:,.1f} MiB"
         )
 
     def plot(self, path: str | Path) -> None:

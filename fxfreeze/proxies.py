@@ -199,4 +199,4 @@ def taken_for_tensors() -> Iterator[None]:
         yield
     finally:
         builtins.isinstance = _isinstance
-        Function.apply = _apply
+        Function.apply = _apply  # type: ignore[method-assign]

@@ -121,14 +121,17 @@ class _Cut:
             drawn_live = drawn_live or self.memory.effects[node].random
         return inside
 
+    @staticmethod
+    def _may_update_buffers(module: nn.Module) -> bool:
+        return module.training and any(True for _ in module.buffers())
+
     def _live_reason(self, node: Node, drawn_live: bool) -> str | None:
         """Why a node must run live although nothing that it depends on does."""
         does = self.memory.effects[node]
         if not does.opaque and any(self.memory.class_of(n) in self.state for n in does.writes):
             return "it writes into a buffer or parameter"
-        if node.op == "call_module" and (module := self.net.get_submodule(str(node.target))).training:
-            if any(True for _ in module.buffers()):
-                return "it is in training mode, and may update its buffers"
+        if node.op == "call_module" and self._may_update_buffers(self.net.get_submodule(str(node.target))):
+            return "it is in training mode, and may update its buffers"
         if self._draws(node) and self._in_training(node):
             return "it draws random numbers outside any frozen module"
         if self._draws(node) and drawn_live:
@@ -164,8 +167,7 @@ class _Cut:
                 copies[node] = copies[node.all_input_nodes[0]]  # nothing has a gradient here
             elif node in kept or (node.op == "get_attr" and any(user in kept for user in node.users)):
                 copies[node] = graph.node_copy(node, copies.__getitem__)
-                if self._is_silenced(node):
-                    off = silenced(node)
+                if self._is_silenced(node) and (off := silenced(node)) is not None:
                     copies[node].args, copies[node].kwargs = torch.fx.node.map_arg(off, copies.__getitem__)
         graph.output(tuple(copies[n] for n in self.boundary.crossing))
         return graph

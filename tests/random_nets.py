@@ -247,7 +247,7 @@ def without_gradient(f: Forward) -> None:
     x = f.any_value()
     if f.pick(True, False):
         y = f.new(x.shape)
-        source = f.pick(f"{x} * 2 + 1", f"{x}.abs()", f"{x} / {x}.norm()")
+        source = f.pick(f"{x} * 2 + 1", f"{x}.abs()", f"{x} / (1 + {x}.norm())")
         f.lines += ["with torch.no_grad():", f"    {y} = {source}"]
     elif f.may_write(x):
         f.lines += ["with torch.no_grad():", f"    {x}.clamp_(-2, 2)"]
@@ -370,7 +370,8 @@ def networks(draw: Any) -> tuple[str, nn.Module]:
     last = f.any_value()
     f.made.append(f"self.head = nn.Linear({last.channels}, 2, dtype=D)")
     extra = draw(st.lists(st.sampled_from(f.values), max_size=2))
-    source += _class("Net", "x", f, ", ".join(["self.head({}.mean((2, 3)))".format(last), *map(str, extra)]) + ",")
+    outputs = [f"self.head({last}.mean((2, 3)))", *map(str, extra)]
+    source += _class("Net", "x", f, ", ".join(outputs) + ",")
     namespace = globals()  # torch.fx.wrap replaces functions in the globals that the forward sees
     exec(source, namespace)
     torch.manual_seed(0)

@@ -145,7 +145,9 @@ TABLE: dict[str, Row] = {
     "two outs": Row(lambda x, y: torch.max(x, 3, out=(y[..., 0], y[..., 1].long())), MAYBE, "getitem long", of="getitem"),
     "foreach in place": Row(lambda x, y: torch._foreach_mul_([x, y], 2.0), MAYBE, "x y"),
     "instance norm": Row(lambda x, y: F.instance_norm(x, y[0, :, 0, 0], y[1, :, 0, 0]), NEVER, "getitem getitem_1"),
-    "batch norm on": Row(lambda x, y: F.batch_norm(x, y[0, :, 0, 0], y[1, :, 0, 0], None, None, True), NEVER, "getitem getitem_1"),
+    "batch norm on": Row(
+        lambda x, y: F.batch_norm(x, y[0, :, 0, 0], y[1, :, 0, 0], None, None, True), NEVER, "getitem getitem_1"
+    ),
     # random
     "dropout": Row(lambda x, y: F.dropout(x, 0.5), MAYBE, random=True),
     "dropout2d": Row(lambda x, y: F.dropout2d(x, 0.5, training=True), MAYBE, random=True),

@@ -11,13 +11,19 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from hypothesis import HealthCheck, given, note, settings
 from parity import compare, freezable, freeze_by_hand, loss, settle
 from random_nets import networks
 from torch import Tensor, nn
 
 # What PyTorch says of networks that write into what their own backward needs: the original can't train these.
-_OWN_FAULTS = ("modified by an inplace operation", "is being modified inplace", "single memory location", "unsupported operation")
+_OWN_FAULTS = (
+    "modified by an inplace operation",
+    "is being modified inplace",
+    "single memory location",
+    "unsupported operation",
+)
 
 
 def inputs() -> list[Tensor]:
@@ -29,6 +35,8 @@ def runs(net: nn.Module, x: Tensor, backward: bool) -> bool:
     """Whether the original itself can do this."""
     try:
         outputs = copy.deepcopy(net)(x.clone())
+        if not all(bool(t.isfinite().all()) for t in pytree.tree_leaves(outputs)):
+            return False
         if backward and (value := loss(outputs)) is not None:
             value.backward()
     except RuntimeError as error:
