@@ -69,8 +69,9 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
         yield (
             "Saving per step, predicted and measured",
             "Of a plain step's cost, averaged over the training. The prediction counts FLOPs, a backward pass as two "
-            "forward passes; time also counts what FLOPs leave out, such as the statistics that a frozen batch norm no longer "
-            "takes. A cache would spare the frozen forward too; this training had none.",
+            "forward passes. Time also counts what FLOPs leave out: a frozen batch norm takes no statistics, nothing is "
+            "kept for a backward, and fxfreeze folds the norms away and runs frozen convolutions channels_last. A cache "
+            "would spare the frozen forward too; this training had none.",
             pictures.savings(bars),
         )
 
