@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import fuse_conv_bn_eval
 
 import fxfreeze
@@ -48,7 +49,7 @@ def _live(module: nn.Module) -> list[nn.Parameter]:
 def _resnet_by_hand(net: torchvision.models.ResNet) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
     """Frozen up to and including layer2: half of the units."""
     prefix = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2).eval()
-    prefix = torch.fx.experimental.optimization.fuse(prefix.requires_grad_(False))
+    prefix = fuse(prefix.requires_grad_(False))
 
     def forward(x: Tensor) -> Tensor:
         with torch.no_grad():
