@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import fuse_conv_bn_eval
 
 import fxfreeze
@@ -48,8 +47,15 @@ def _live(module: nn.Module) -> list[nn.Parameter]:
 
 def _resnet_by_hand(net: torchvision.models.ResNet) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
     """Frozen up to and including layer2: half of the units."""
-    prefix = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2).eval()
-    prefix = fuse(prefix.requires_grad_(False))
+    prefix = (
+        nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2).requires_grad_(False).eval()
+    )
+    prefix[0], prefix[1] = fuse_conv_bn_eval(net.conv1, net.bn1), nn.Identity()
+    for block in (*net.layer1, *net.layer2):
+        block.conv1, block.bn1 = fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
+        block.conv2, block.bn2 = fuse_conv_bn_eval(block.conv2, block.bn2), nn.Identity()
+        if block.downsample is not None:
+            block.downsample = fuse_conv_bn_eval(*block.downsample)
 
     def forward(x: Tensor) -> Tensor:
         with torch.no_grad():
