@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = vars(_parser().parse_args(arguments))
     verb = given.pop("verb")
+    sys.path.insert(0, "")  # --model mynet:build finds the user's own file, as python -m would
     try:
         return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
     except ChoiceError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxfreeze.model import traces_of
+from fxfreeze.model import FreezableModel, traces_of
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.schedule import Schedule
 from fxfreeze.split import as_module, split
@@ -154,14 +154,17 @@ class Plan:
             )
 
 
-def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | dict[str, Any]) -> Plan:
+def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | dict[str, Any] | Tensor) -> Plan:
     """Measure ``net`` by unit and predict what ``schedule`` saves.
 
-    example_inputs: arguments of one call, a tuple or a dict of keyword inputs; dimension 0 of the first tensor is the
+    net: the network, or a FreezableModel of it; example_inputs: arguments of one call, a tuple, a dict of keyword inputs, or
+    the one tensor; dimension 0 of the first tensor is the
     batch. Works on a copy: one forward in train mode is run and counted with torch's own FLOP counter, one in eval mode.
     Raises TraceRefusal when the network can't be traced.
     """
-    net = copy.deepcopy(net)
+    net = copy.deepcopy(net.original if isinstance(net, FreezableModel) else net)
+    if isinstance(example_inputs, Tensor):
+        example_inputs = (example_inputs,)
     traces = traces_of(net, example_inputs)
     ownership = find_units(net, traces)
     args = () if isinstance(example_inputs, dict) else example_inputs

@@ -44,7 +44,7 @@ def compile(
     other impossible arguments.
     """
     _check_net(net)
-    if not (hasattr(schedule, "depth") and hasattr(schedule, "factors")):
+    if isinstance(schedule, type) or not (hasattr(schedule, "depth") and hasattr(schedule, "factors")):
         raise TypeError(
             f"schedule is a {type(schedule).__qualname__}: expected FreezeOut, Milestones or another schedule"
         )
@@ -303,6 +303,10 @@ class FreezableModel(nn.Module):
         if name in self._OWN:
             object.__setattr__(self, name, value)
             return
+        if isinstance(getattr(type(self), name, None), property):
+            raise AttributeError(
+                f"{name} can't be assigned: model.freeze(depth) freezes, and units= of compile sets the units"
+            )
         setattr(self.original, name, value)
         if isinstance(value, nn.Module):
             self.refresh()

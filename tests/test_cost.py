@@ -102,6 +102,12 @@ def test_table_and_plot(tmp_path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_tensor_and_a_compiled_model_are_taken() -> None:
+    net = _net()
+    model = fxfreeze.compile(net, fxfreeze.FreezeOut(100))
+    assert fxfreeze.plan(model, fxfreeze.FreezeOut(100), X) == fxfreeze.plan(net, fxfreeze.FreezeOut(100), (X,))
+
+
 def test_keyword_inputs() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

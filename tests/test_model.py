@@ -354,3 +354,16 @@ def test_restoring_a_depth() -> None:
     assert model.depth == 4
     x = images()
     assert_same(model.eval()(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["depth", "units", "prefix"])
+def test_what_the_model_says_of_itself_is_not_assigned(name: str) -> None:
+    model = fxfreeze.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), fxfreeze.FreezeOut(10))
+    with pytest.raises(AttributeError, match="can't be assigned"):
+        setattr(model, name, 1)
+    assert name not in vars(model.original)
+
+
+def test_a_schedule_class_is_refused() -> None:
+    with pytest.raises(TypeError, match="schedule is a"):
+        fxfreeze.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), fxfreeze.FreezeOut)  # type: ignore[arg-type]
