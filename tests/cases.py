@@ -20,22 +20,15 @@ from nets import (
 from nets_effects import (
     DataBranch,
     DropoutBlock,
-    EarlyReader,
-    FullPrecision,
-    IndexWrites,
-    InPlace,
-    InputWrites,
     Mixes,
     NoGrad,
-    OwnStatistics,
-    RootBuffer,
-    Splits,
     TrainingBranches,
-    ViewWrites,
+    full_precision,
     hooked,
     kept_whole,
 )
 from nets_flow import ListLoop, ManyOutputs, PositionEmbedding, Recurrent, UNet, Volumes, tokens
+from nets_memory import EarlyReader, IndexWrites, InPlace, InputWrites, OwnStatistics, RootBuffer, Splits, ViewWrites
 
 CASES = {
     "tied_weights": Case(tied_weights, images),
@@ -63,7 +56,7 @@ CASES = {
     "own_statistics": Case(lambda: Chain(OwnStatistics(), OwnStatistics(), OwnStatistics()), images),
     "root_buffer": Case(RootBuffer, images),
     "no_grad": Case(NoGrad, images),
-    "full_precision": Case(lambda: Chain(ConvNorm(8, 8), FullPrecision(), FullPrecision()), images, opaque=True),
+    "full_precision": Case(full_precision, images, opaque=True),
     "data_branch": Case(lambda: Chain(ConvNorm(8, 8), DataBranch(), ConvNorm(8, 8)), images, opaque=True),
     "hooked": Case(hooked, images, opaque=True),
     "kept_whole": Case(kept_whole, images, opaque=True),

@@ -107,6 +107,14 @@ def test_every_step_is_the_reference_s_under_autocast(name: str) -> None:
     assert max(gradients) <= max(bound, 3 * max(lost))
 
 
+def test_autocast_that_the_network_turns_off_stays_off() -> None:
+    case = CASES["full_precision"]
+    run = Run(settle(case.make()), case, SGD, torch.float32)
+    with parts_kept_whole(case):
+        for ours, theirs in lock_step(run, (bf16,)):
+            ours.assert_like(theirs, BOUNDS[torch.float32])
+
+
 def free_run(run: Run, net: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Train ``net`` with its units frozen by hand on the run's schedule; yield its state after each step."""
     model = run.model
