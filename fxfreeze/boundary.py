@@ -39,6 +39,7 @@ class Boundary:
         self._written_inside = {c for n, c in writes if n in self.inside}
         self._reshaped_inside = {c for n, c in writes if n in self.inside and reshapes(n)}
         self._written_outside = {c for n, c in writes if n not in self.inside}
+        self._shared = self._find_shared()
         self._constants = self._find_constants()
         needed = {n for n in self.inside if any(user not in self.inside for user in n.users)}
         while more := self._cross(needed) - needed:
@@ -74,18 +75,19 @@ class Boundary:
         """Decide what crosses, and return what is read by all that the suffix makes again from it."""
         tensors = {n for n in needed if not n.meta["scalar"] and n not in self._constants}
         self.cloned, self.entangled, remade = set(), set(), set[Node]()
-        for c in sorted(
-            {self.memory.class_of(n) for n in tensors} & self._written_outside, key=self._order.__getitem__
-        ):
-            together = {n for n in tensors if self.memory.class_of(n) is c}
+        written = {n for n in tensors if self.memory.class_of(n) in self._written_outside}
+        for shared in sorted({self._shared[n] for n in written}, key=self._order.__getitem__):
+            together = {n for n in written if self._shared[n] is shared}
             paths = [self._from_owner(n) for n in together]
             owners = {path[0] for path in paths}
-            involved = {n for n in self.inside if self.memory.class_of(n) is c and n.op != "placeholder"}
-            if len(owners) > 1 and involved:
-                self.entangled |= involved
+            involved = {n for n in self._shared if self._shared[n] is shared}
+            kept = {n for n in involved if n.op == "get_attr"}
+            movable = {n for n in involved - kept if n.op != "placeholder"}
+            if len(owners | kept) > 1 and movable:
+                self.entangled |= movable
                 continue
-            tensors = tensors - together | owners
-            self.cloned |= owners
+            tensors = tensors - together | owners - kept
+            self.cloned |= owners - kept
             remade |= {n for path in paths for n in path[1:] if self.same_tensor(n) is n}
         last = {self.same_tensor(n): n for n in sorted(tensors, key=self._order.__getitem__)}
         tensors = set(last.values())
@@ -94,11 +96,23 @@ class Boundary:
         self.crossing = sorted(tensors | scalars, key=self._order.__getitem__)
         return {n for made in remade for n in made.all_input_nodes if n in self.inside and n not in self._constants}
 
+    def _find_shared(self) -> dict[Node, Node]:
+        """Per node of the prefix, and of the attributes it reads, a representative of those that may share memory there.
+
+        What only an operator of the suffix may make one (a function that can't be seen into) is still apart at the cut.
+        """
+        groups = {node: {node} for node in self.graph.nodes if node in self.inside or node.op == "get_attr"}
+        for node in (n for n in self.graph.nodes if n in self.inside):
+            merged = set[Node]().union(groups[node], *(groups[n] for n in self.memory.effects[node].aliases))
+            groups.update(dict.fromkeys(merged, merged))
+        first = {id(group): min(group, key=self._order.__getitem__) for group in groups.values()}
+        return {node: first[id(group)] for node, group in groups.items()}
+
     def _from_owner(self, node: Node) -> list[Node]:
         """The views that lead to ``node``, from the one that owns the memory on."""
         path = [node]
         does = self.memory.effects[node]
-        while does.alias in (Alias.VIEW, Alias.SAME) and len(does.aliases) == 1 and does.aliases[0] in self.inside:
+        while does.alias in (Alias.VIEW, Alias.SAME) and len(does.aliases) == 1:
             path.insert(0, does.aliases[0])
             does = self.memory.effects[path[0]]
         return path

@@ -15,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxfreeze.attributes import Read, changed
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.passes import PASSES
@@ -26,12 +27,20 @@ from fxfreeze.units import Ownership
 __all__ = ["Decision", "Plan", "Surgery", "plan_key"]
 
 
+_MOST_PLANS = 256  # kept at one time; numbers that change at every call make as many plans as there are calls
+_MANY_PLANS = 16  # made at one depth: worth telling the user
+
+
 class Plan(NamedTuple):
-    """What a forward runs: the prefix, the suffix on its outputs, and the structure of the original's output."""
+    """What a forward runs: the prefix, the suffix on its outputs, and the structure of the original's output.
+
+    reads: attributes of the modules that must still have the values that the trace met.
+    """
 
     prefix: Prefix
     suffix: Callable[..., Any]
     outputs: pytree.TreeSpec
+    reads: list[Read]
 
 
 class Decision(NamedTuple):
@@ -101,6 +110,7 @@ class Surgery:
     warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
+    _made: int = 0
     _plans: dict[Any, Plan] = field(default_factory=dict)
     _bound: set[Any] = field(default_factory=set)
     _segments: dict[tuple[str, Computation], list[Segment]] = field(default_factory=dict)
@@ -113,7 +123,8 @@ class Surgery:
         """The plan for a call; None when it can't be traced, so that the original must run."""
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
-        if found is not None:
+        stale = changed(found.reads) if found is not None else None
+        if found is not None and stale is None:
             self._shows(found.prefix)
             return found
         if key in self._refused:
@@ -123,6 +134,7 @@ class Surgery:
             # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
             make = torch.compiler.disable(self._make) if "torch._dynamo" in sys.modules else self._make  # type: ignore[no-untyped-call]
             plan: Plan = make(key, args, kwargs)
+            self._count(f"self.{stale.name} of a {stale.owner} has changed" if stale else None)
             return plan
         except TraceRefusal as refusal:
             self._refused.add(key)
@@ -148,8 +160,29 @@ class Surgery:
         if traced.shape_bound:
             self._bound.add(key)
         shapes = tuple(t.shape for t in tensors) if traced.shape_bound else None
-        plan = self._plans[key, shapes] = Plan(self.prefix, cut.suffix.forward, traced.outputs)
+        plan = Plan(self.prefix, cut.suffix.forward, traced.outputs, traced.reads)
+        self._remember((key, shapes), plan)
         return plan
+
+    def _remember(self, key: Any, plan: Plan) -> None:
+        forgotten = self._plans.pop(key, None)
+        if forgotten is None and len(self._plans) >= _MOST_PLANS:
+            forgotten = self._plans.pop(next(iter(self._plans)))
+        self._plans[key] = plan
+        if forgotten is not None:  # a segment holds weights of its own
+            used = {id(segment) for plan in self._plans.values() for segment in plan.prefix.segments}
+            for built in self._segments.values():
+                built[:] = [segment for segment in built if id(segment) in used]
+
+    def _count(self, cause: str | None) -> None:
+        """Count the plans made, and tell the user when each call seems to need one of its own."""
+        self._made += 1
+        if self._made == _MANY_PLANS:
+            self._warn(
+                f"the network has been traced {self._made} times at depth {self.depth}, the last time because "
+                f"{cause or 'of arguments not met before'}. A call is traced for the numbers that it holds, and for the shapes "
+                f"that forward looks at: make what changes from call to call a tensor, as an input or a buffer"
+            )
 
     def _segment(self, cut: Split, tensors: list[Tensor]) -> Segment:
         """The built prefix, shared by all traces that have the same one (training and eval, say)."""

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import Proxy
 
+from fxfreeze.attributes import AttributeReads, Read
 from fxfreeze.constants import Constants, Recorded
 from fxfreeze.effects import Alias, effects
 from fxfreeze.inputs import Inputs, TraceRefusal
@@ -42,7 +43,7 @@ class Traced:
 
     constants: tensors met on the way that belong to no module, by ``get_attr`` target; outputs: the structure that the
     output node's flat tuple stands for; shape_bound: valid only for the shapes it was traced with; leaves: modules kept
-    whole, with the reason.
+    whole, with the reason; reads: attributes of modules whose values the graph holds.
     """
 
     graph: Graph
@@ -51,6 +52,7 @@ class Traced:
     outputs: pytree.TreeSpec
     shape_bound: bool
     leaves: dict[str, str] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
 
 
 def trace(net: nn.Module, inputs: Inputs, examples: list[Tensor] | None = None) -> Traced:
@@ -83,7 +85,9 @@ class _Tracer(torch.fx.Tracer):
         self.outside = Region()
         self.shape_bound = False
         self.constants = Constants(self)
+        self.attributes = AttributeReads(net, self.evaluating)
         self.leaves: dict[str, str] = {}
+        self.members = set(net.modules())
         self.names: dict[int, str] = {}
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             self.names.setdefault(id(tensor), name)
@@ -112,7 +116,8 @@ class _Tracer(torch.fx.Tracer):
         self.create_args_for_root = create_args_for_root  # type: ignore[method-assign]
         before = ModuleState(self.net.named_modules())
         try:
-            with Recorded(self), taken_for_tensors(), torch.set_grad_enabled(self.outside.gradients):
+            gradients = torch.set_grad_enabled(self.outside.gradients)
+            with self.attributes.recorded(), Recorded(self), taken_for_tensors(), gradients:
                 graph = self.trace(self.net)
         except Exception as error:
             raise self._refusal(error) from error
@@ -126,7 +131,8 @@ class _Tracer(torch.fx.Tracer):
                 f"value instead, or move the assignment into a submodule"
             )
         graph.lint()
-        return Traced(graph, self.inputs, self.constants.tensors, spec[-1], self.shape_bound, self.leaves)
+        reads = list(self.attributes.found.values())
+        return Traced(graph, self.inputs, self.constants.tensors, spec[-1], self.shape_bound, self.leaves, reads)
 
     def _refusal(self, error: Exception) -> TraceRefusal:
         frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
@@ -155,6 +161,8 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         if self.evaluating():
             return forward(*args, **kwargs)
+        if type(m) is nn.Sequential and m not in self.members:  # a slice of one, made by forward
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         outer, self.path = self.path, (*self.path, name)
         try:
@@ -170,6 +178,7 @@ class _Tracer(torch.fx.Tracer):
         """The module's own operators, or, where tracing it fails, one call of the whole module."""
         mark = next(reversed(self.graph.nodes), None)
         reads, constants, state = dict(self.reads), self.constants.copy(), ModuleState([("", m)])
+        attributes = dict(self.attributes.found)
         chance = RandomState() if self.watch_random else None
         reason = None
         result = None
@@ -192,7 +201,7 @@ class _Tracer(torch.fx.Tracer):
             self.graph.erase_node(node)
             if self.shapes is not None:
                 self.shapes.forget(node)
-        self.reads, self.constants = reads, constants
+        self.reads, self.constants, self.attributes.found = reads, constants, attributes
         self.leaves = {leaf: why for leaf, why in self.leaves.items() if not leaf.startswith(f"{name}.")}
         self.leaves[name] = reason
         return self.create_proxy("call_module", name, args, kwargs)

@@ -1,0 +1,128 @@
+"""Numbers and flags that modules hold, which a training loop may change between calls."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import compare, freezable, freeze_by_hand, settle
+from split_cases import C, Net, conv, image
+from torch import Tensor, nn
+
+
+class Scheduled(nn.Module):
+    """Reads numbers and flags that a training loop may change."""
+
+    rate = 0.5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels)
+        self.temperature, self.on, self.weights, self.name = 1.0, True, [1.0, 2.0], "relu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) / self.temperature * self.weights[1] * self.rate
+        return getattr(F, self.name)(x) if self.on else x
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "number": lambda m: setattr(m, "temperature", 3.0),
+    "flag": lambda m: setattr(m, "on", False),
+    "item": lambda m: m.weights.__setitem__(1, -3.0),
+    "string": lambda m: setattr(m, "name", "gelu"),
+    "hides its class's": lambda m: setattr(m, "rate", -2.0),
+    "new list": lambda m: setattr(m, "weights", [0.0, 0.5]),
+    "tensor": lambda m: setattr(m, "temperature", torch.full((6,), 3.0, dtype=torch.float64)),
+    "list of tensors": lambda m: setattr(m, "weights", [0.0, torch.full((6,), 3.0, dtype=torch.float64)]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("where", ["frozen", "live"])
+def test_an_attribute_that_changes_is_obeyed(change: str, where: str) -> None:
+    parts = {"m": Scheduled(C), "n": Scheduled(C)}
+    net = settle(Net(lambda self, x: self.head(self.n(self.b(self.m(self.a(x))))), **parts))
+    model = freezable(net)
+    model.freeze(3)
+    assert [unit.name for unit in model.units[:4]] == ["a.0", "m", "b.0", "n"]
+    reference = settle(Net(lambda self, x: self.head(self.n(self.b(self.m(self.a(x))))), **parts))
+    reference.load_state_dict(net.state_dict())
+    freeze_by_hand(reference, model.units[:3])
+    compare(model, reference, (image(),), 0, "before")
+    CHANGES[change](parts["m" if where == "frozen" else "n"])
+    compare(model, reference, (image(),), 1, "after")
+    made = model.prefix.build_seconds
+    compare(model, reference, (image(),), 2, "again")
+    assert model.prefix.build_seconds == made  # one trace, not one at each call
+
+
+def test_what_a_module_kept_whole_counts_asks_for_no_new_trace() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.calls = conv(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.conv(x)
+
+    net = settle(Net(lambda self, x: self.head(self.c(self.b(self.m(self.a(x))))), m=Counting()))
+    model = freezable(net)
+    model.freeze(1)
+    model(image())
+    made = model.prefix.build_seconds
+    for _ in range(3):
+        model(image())
+    assert model.prefix.build_seconds == made
+    assert net.m.calls == 4
+
+
+def test_numbers_that_change_at_every_call_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stepped(Net):
+        def forward(self, x: Tensor, step: int = 0) -> Any:  # type: ignore[override]
+            return self.head(self.c(self.b(self.a(x)))) * step
+
+    net = settle(Stepped(None))  # type: ignore[arg-type]
+    model = freezable(net)
+    model.freeze(1)
+    monkeypatch.setattr("fxfreeze.surgery._MOST_PLANS", 8)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        first = model(image(), 1)
+        for step in range(20):
+            torch.testing.assert_close(model.eval()(image(), step), net(image(), step))
+        torch.testing.assert_close(model.train()(image(), 1), first)
+    (told,) = (str(w.message) for w in met)
+    assert "traced 16 times at depth 1" in told
+    assert "arguments not met before" in told
+    assert len(model._derived.surgery._plans) <= 8
+
+
+class Annealed(Net):
+    """Reads a number in a frozen and in a live block."""
+
+    temperature = 1
+
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(self.b(self.a(x) * self.temperature)))
+
+
+def test_what_changes_at_every_call_is_named_and_leaves_no_pile_behind() -> None:
+    net = settle(Annealed())
+    model = freezable(net)
+    model.freeze(2)
+    model.eval()
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        for net.temperature in range(20):
+            torch.testing.assert_close(model(image()), net(image()))
+    (told,) = (str(w.message) for w in met)
+    assert "traced 16 times at depth 2" in told
+    assert "self.temperature of a Annealed has changed" in told
+    surgery = model._derived.surgery
+    assert sum(map(len, surgery._segments.values())) == len(surgery._plans) == 1
