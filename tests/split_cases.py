@@ -323,6 +323,15 @@ def buffer_view(self: Net, x: Tensor) -> Tensor:
     return self.head(self.c(z) * view[:, None, None] * maybe[:, None, None])
 
 
+def buffer_perhaps(self: Net, x: Tensor) -> Tensor:
+    """What may be a view of a buffer or of a value, and is read after a write into the buffer behind the cut."""
+    h = self.a(x)
+    perhaps = torch.broadcast_tensors(self.mean[:, None, None], h)[0]
+    z = self.b(h + perhaps)
+    self.mean.add_(1)
+    return self.head(self.c(z) * perhaps)
+
+
 # ---- gradients, random numbers, assertions, things kept whole
 
 
@@ -455,6 +464,7 @@ CASES: dict[str, Case] = {
     "tied": Case(tied, lambda: {"scale": nn.Parameter(torch.rand(C, 1, 1, dtype=D))}, units=2),
     "buffers": Case(buffers, lambda: {"mean": torch.zeros(C, dtype=D), "count": torch.ones(1, dtype=D)}),
     "buffer_view": Case(buffer_view, lambda: {"mean": torch.ones(C, dtype=D)}),
+    "buffer_perhaps": Case(buffer_perhaps, lambda: {"mean": torch.ones(C, dtype=D)}),
     "gradient_off": Case(gradient_off),
     "always_random": Case(always_random, lambda: {"m": Always()}),
     "always_random_unused": Case(always_random, lambda: {"m": Always(used=False)}),

@@ -35,7 +35,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "hides its class's": lambda m: setattr(m, "rate", -2.0),
     "new list": lambda m: setattr(m, "weights", [0.0, 0.5]),
     "tensor": lambda m: setattr(m, "temperature", torch.full((6,), 3.0, dtype=torch.float64)),
-    "list of tensors": lambda m: setattr(m, "weights", [0.0, torch.full((6,), 3.0, dtype=torch.float64)]),
+    "list of tensors": lambda m: setattr(m, "weights", [1.0, torch.full((6,), 3.0, dtype=torch.float64)]),
 }
 
 
@@ -58,7 +58,8 @@ def test_an_attribute_that_changes_is_obeyed(change: str, where: str) -> None:
     assert model.prefix.build_seconds == made  # one trace, not one at each call
 
 
-def test_what_a_module_kept_whole_counts_asks_for_no_new_trace() -> None:
+@pytest.mark.parametrize("looks_at_shapes", [False, True])
+def test_what_a_module_kept_whole_counts_asks_for_no_new_trace(looks_at_shapes: bool) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -68,8 +69,14 @@ def test_what_a_module_kept_whole_counts_asks_for_no_new_trace() -> None:
             self.calls += 1
             return self.conv(x)
 
-    net = settle(Net(lambda self, x: self.head(self.c(self.b(self.m(self.a(x))))), m=Counting()))
-    model = freezable(net)
+    def function(self: Net, x: Tensor) -> Tensor:
+        x = self.m(self.a(x))
+        if looks_at_shapes and len(x) > 5:
+            x = x * 2
+        return self.head(self.c(self.b(x)))
+
+    net = settle(Net(function, m=Counting()))
+    model = freezable(net, example_inputs=(image(),))
     model.freeze(1)
     model(image())
     made = model.prefix.build_seconds
