@@ -81,11 +81,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
+def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> None:
+    """The machine's kind is worth keeping with the figures; its name is nobody's business."""
+    machine_info.pop("node", None)
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """The ratios, which are what these machines can tell."""
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     rows = [b for b in session.benchmarks if "ratio" in b.extra_info] if session else []
-    for bench in rows:
+    for bench in sorted(rows, key=lambda bench: bench.group):
         terminalreporter.write_line(
             f"{bench.group} | {bench.name}: {bench.stats.median * 1e3:.1f} ms, "
             f"{bench.extra_info['ratio']:.3f} x {bench.extra_info['baseline']}"
