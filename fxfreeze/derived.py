@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxfreeze.surgery import Decision, Surgery
+from fxfreeze.surgery import Decision, DecisionKey, Surgery
 from fxfreeze.units import Ownership, Unit
 
 __all__ = ["Derived"]
@@ -24,7 +24,7 @@ class Derived:
         self.net = net
         self.ownership = ownership
         self.precision = precision
-        self.decisions: dict[tuple[int, int, str], Decision] = {}
+        self.decisions: dict[DecisionKey, Decision] = {}
         self.warned: set[str] = set()
         self.surgery = Surgery(net, ownership, 0, precision, self.decisions, self.warned)
         self.start(0)

@@ -3,6 +3,7 @@
 Everything here is derived from the network and may be dropped at any time.
 """
 
+import hashlib
 import sys
 import time
 import warnings
@@ -24,7 +25,7 @@ from fxfreeze.split import Split, split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership
 
-__all__ = ["Decision", "Plan", "Surgery", "plan_key"]
+__all__ = ["Decision", "DecisionKey", "Plan", "Surgery", "plan_key"]
 
 
 _MOST_PLANS = 256  # kept at one time; numbers that change at every call make as many plans as there are calls
@@ -44,17 +45,24 @@ class Plan(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """How a segment was decided to run, kept for resuming: depths of its boundaries, dtype, backend, rewritten or not."""
+    """How a segment was decided to run, kept for resuming.
+
+    start, end: depths of its boundaries; graph: a digest of its operators, by which training's is told from eval's.
+    """
 
     start: int
     end: int
+    graph: str
     dtype: str
     backend: str
     rewritten: bool
 
     @property
-    def key(self) -> tuple[int, int, str]:
-        return self.start, self.end, self.dtype
+    def key(self) -> "DecisionKey":
+        return self.start, self.end, self.graph, self.dtype
+
+
+DecisionKey = tuple[int, int, str, str]
 
 
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
@@ -106,7 +114,7 @@ class Surgery:
     ownership: Ownership
     depth: int
     precision: torch.dtype | None
-    decisions: dict[tuple[int, int, str], Decision]
+    decisions: dict[DecisionKey, Decision]
     warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
@@ -195,7 +203,8 @@ class Surgery:
         segment = next((s for s in built if _same_constants(s.plain, cut.prefix)), None)
         if segment is None:
             dtype = str(computation.autocast or "model").removeprefix("torch.")
-            earlier = self.decisions.get((0, self.depth, dtype))
+            graph = _digest(cut.prefix)
+            earlier = self.decisions.get((0, self.depth, graph, dtype))
             if earlier is not None and earlier.backend != "plain":
                 self._warn(
                     f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead"
@@ -206,7 +215,7 @@ class Surgery:
             segment.notes = cut.kept_live
             if segment.reason is not None and segment.reason != DECIDED:
                 self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
-            decision = Decision(0, self.depth, dtype, segment.backend, segment.rewritten is not None)
+            decision = Decision(0, self.depth, graph, dtype, segment.backend, segment.rewritten is not None)
             self.decisions[decision.key] = decision
             built.append(segment)
         return segment
@@ -226,6 +235,11 @@ class Surgery:
 def _signature(module: GraphModule) -> str:
     """The text of a graph, equal for equal graphs over the same modules."""
     return "\n".join(f"{n.name} {n.op} {n.target!r} {n.args!r} {n.kwargs!r}" for n in module.graph.nodes)
+
+
+def _digest(module: GraphModule) -> str:
+    """The same for the same operators in the same order, in any process."""
+    return hashlib.sha256(" ".join(f"{n.op}:{n.name}" for n in module.graph.nodes).encode()).hexdigest()[:16]
 
 
 def _same_constants(a: GraphModule, b: GraphModule) -> bool:
