@@ -151,9 +151,8 @@ def _add_schedule(verb: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--how", choices=("linear", "squared", "cubic"), help=_with_default("how", "spacing of the freezes")
     )
-    group.add_argument(
-        "--t0", type=_number(0, 1), metavar="T", help=_with_default("t0", "first freeze, before --how's power")
-    )
+    first = "share of the steps before the first freeze, ahead of --how's power"
+    group.add_argument("--t0", type=_number(0, 1), metavar="T", help=_with_default("t0", first))
     group.add_argument("--scale-lr", action="store_true", help="raise the rates of units that freeze early")
     group.add_argument(
         "--steps-scale",
@@ -167,7 +166,7 @@ def _add_schedule(verb: argparse.ArgumentParser) -> None:
 def _add_training(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("optimizer (SGD with Nesterov momentum)")
     group.add_argument("--lr", type=_number(0), metavar="X", help=_with_default("lr", "learning rate at the start"))
-    group.add_argument("--momentum", type=_number(0, zero=True), metavar="X", help=_with_default("momentum", ""))
+    group.add_argument("--momentum", type=_number(0, zero=True), metavar="X", help=_with_default("momentum", "of SGD"))
     group.add_argument(
         "--weight-decay", type=_number(0, zero=True), metavar="X", help=_with_default("weight_decay", "")
     )
@@ -179,7 +178,9 @@ def _add_training(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_compare(verb: argparse.ArgumentParser) -> None:
-    rows = f"comma-separated (default: {','.join(FROM_SCRATCH)}; with --finetune {','.join(FINETUNE)})"
+    rows = (
+        f"recipes to train, comma-separated (default: {','.join(FROM_SCRATCH)}; with --finetune {','.join(FINETUNE)})"
+    )
     verb.add_argument("--rows", type=lambda text: text.split(","), metavar="ROWS", help=rows)
     verb.add_argument(
         "--seeds", type=_whole(1), metavar="K", help=_with_default("seeds", "repeat with --seed, --seed + 1, ...")

@@ -28,17 +28,18 @@ def compile(
     net: nn.Module,
     schedule: Schedule,
     *,
-    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | Tensor | None = None,
     units: Iterable[str | Sequence[str]] | None = None,
     backend: str = "auto",
     precision: torch.dtype | str | None = None,
 ) -> "FreezableModel":
     """Make ``net`` freeze on ``schedule``; the result stands in for it in any training loop.
 
-    example_inputs: arguments of one call (a tuple, or a dict of keyword inputs), needed only when the forward looks at
-    shapes; units: names of modules, or groups of names, that freeze as one, in place of the automatic list; precision:
-    compute dtype of the frozen part (float32, float16 or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs
-    in, autocast's dtype included). Units that the schedule freezes at step 0 are frozen at once.
+    example_inputs: arguments of one call (a tuple, a dict of keyword inputs, or a tensor), needed only when the forward
+    looks at shapes; units: names of modules, or groups of names, that start a unit each, in place of the automatic list
+    (what runs next belongs to it too, up to the next name); precision: compute dtype of the frozen part (float32, float16
+    or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included). Units that the
+    schedule freezes at step 0 are frozen at once.
 
     Raises TypeError for a ``net`` that is no plain module, TraceRefusal when its forward can't be traced, ValueError for
     other impossible arguments.
@@ -48,6 +49,8 @@ def compile(
         raise TypeError(
             f"schedule is a {type(schedule).__qualname__}: expected FreezeOut, Milestones or another schedule"
         )
+    if isinstance(units, str) or not isinstance(units, Iterable | None):
+        raise TypeError(f"units is {units!r}: expected a list of module names, such as ['layer1', 'layer2']")
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown: expected one of {', '.join(BACKENDS)}")
     if backend not in ("auto", "plain"):
@@ -87,6 +90,11 @@ def _dtype(precision: torch.dtype | str | None) -> torch.dtype | None:
 
 def traces_of(net: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | Tensor | None) -> list[Traced]:
     """``net`` traced in train and in eval mode; its modules' modes are left as they were."""
+    if not isinstance(example_inputs, tuple | dict | Tensor | None):
+        raise TypeError(
+            f"example_inputs is a {type(example_inputs).__qualname__}: expected the arguments of one call, a tuple, a dict of "
+            f"keyword inputs, or a tensor"
+        )
     inputs: Inputs
     tensors: list[Tensor] | None
     if example_inputs is None:

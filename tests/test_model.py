@@ -367,3 +367,23 @@ def test_what_the_model_says_of_itself_is_not_assigned(name: str) -> None:
 def test_a_schedule_class_is_refused() -> None:
     with pytest.raises(TypeError, match="schedule is a"):
         fxfreeze.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), fxfreeze.FreezeOut)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"units": "0"}, "units is '0': expected a list of module names"),
+        ({"units": 3}, "units is 3: expected a list of module names"),
+        ({"example_inputs": [torch.zeros(1, 2)]}, "example_inputs is a list: expected the arguments of one call"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: dict[str, Any], message: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=message):
+        fxfreeze.compile(net, fxfreeze.FreezeOut(10), **arguments)
+
+
+def test_one_tensor_is_an_example() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model = fxfreeze.compile(net, fxfreeze.FreezeOut(10), example_inputs=torch.zeros(1, 2))
+    assert [unit.name for unit in model.units] == ["0", "1"]
