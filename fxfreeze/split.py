@@ -4,6 +4,7 @@ A node is in the prefix exactly when its units are frozen and everything it depe
 prefix. Any ownership of nodes is therefore right; ownership decides only how much the prefix holds.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from fxfreeze.regions import without_grad
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership
 
-__all__ = ["Split", "as_module", "split"]
+__all__ = ["Split", "as_module", "between", "split"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ def split(net: nn.Module, traced: Traced, ownership: Ownership, depth: int) -> S
     prefix = as_module(net, cut.prefix_graph(), traced.constants)
     suffix = as_module(net, cut.suffix_graph(), traced.constants)
     return Split(prefix, suffix, tuple(n.name for n in cut.boundary.crossing), tuple(cut.kept_live))
+
+
+def between(net: nn.Module, traced: Traced, ownership: Ownership, start: int, end: int) -> GraphModule | None:
+    """The segment from the boundary at depth ``start`` to that at ``end``, both as ``split`` makes them of this trace.
+
+    None where it can't be had: a deeper cut may leave live, for what it shares with the suffix, what a shallower one froze.
+    """
+    first, last = (_Cut(net, traced, ownership, depth) for depth in (start, end))
+    return as_module(net, last.prefix_graph(first), traced.constants) if first.inside <= last.inside else None
 
 
 def as_module(net: nn.Module, graph: Graph, constants: dict[str, Tensor]) -> GraphModule:
@@ -152,25 +162,27 @@ class _Cut:
 
     # ---- the two graphs
 
-    def prefix_graph(self) -> Graph:
-        graph, copies = Graph(), dict[Node, Node]()
+    def prefix_graph(self, start: "_Cut | None" = None) -> Graph:
+        """What leads to this cut's boundary from the tensors of a call, or from the boundary of a shallower cut."""
         kept = self._prefix_nodes()
-        written = {self.memory.class_of(w) for n in kept for w in self.memory.effects[n].writes}
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = graph.node_copy(node)
-        for node in self.graph.nodes:
-            if node.op == "placeholder" and self.memory.class_of(node) in written:
-                copies[node] = _clone(graph, copies[node])  # the caller's input is not ours to write into
+        if start is None:
+            written = {self.memory.class_of(w) for n in kept for w in self.memory.effects[n].writes}
+            inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+            copies = _Copies(
+                inputs, [n for n in inputs if self.memory.class_of(n) in written]
+            )  # not ours to write into
+        else:
+            copies = _Behind(start.boundary)
+            kept -= start.inside
         for node in self.graph.nodes:
             if node in kept and node.target is without_grad:
                 copies[node] = copies[node.all_input_nodes[0]]  # nothing has a gradient here
-            elif node in kept or (node.op == "get_attr" and any(user in kept for user in node.users)):
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+            elif node in kept:
+                copy = copies[node]
                 if self._is_silenced(node) and (off := silenced(node)) is not None:
-                    copies[node].args, copies[node].kwargs = torch.fx.node.map_arg(off, copies.__getitem__)
-        graph.output(tuple(copies[n] for n in self.boundary.crossing))
-        return graph
+                    copy.args, copy.kwargs = torch.fx.node.map_arg(off, copies.__getitem__)
+        copies.graph.output(tuple(copies[n] for n in self.boundary.crossing))
+        return copies.graph
 
     def _prefix_nodes(self) -> set[Node]:
         """What the crossing values need: their inputs, and whatever wrote into the memory of any of these."""
@@ -189,32 +201,48 @@ class _Cut:
         return kept
 
     def suffix_graph(self) -> Graph:
-        graph, copies = Graph(), dict[Node, Node]()
-        for node in self.boundary.crossing:
-            copies[node] = graph.placeholder(node.name)
-            copies[node].meta.update(node.meta)
-        for node in self.boundary.crossing:
-            if node in self.boundary.cloned:
-                copies[node] = _clone(graph, copies[node])
-
-        def value(node: Node) -> Node:
-            if node not in copies:
-                crossed = self.boundary.crossed_as(node) or self.boundary.same_tensor(node)
-                inside = node in self.inside and crossed is not node
-                copies[node] = value(crossed) if inside else graph.node_copy(node, value)
-            return copies[node]
-
-        for node in self.boundary.remade():  # before any live operator, which may write into what these read
-            value(node)
+        copies = _Behind(self.boundary)
         for node in self.graph.nodes:
             if node not in self.inside and node.op not in ("get_attr", "output"):
-                value(node)
-        output = next(iter(reversed(self.graph.nodes)))
-        graph.node_copy(output, value)
-        return graph
+                copies[node]
+        copies.graph.node_copy(next(iter(reversed(self.graph.nodes))), copies.__getitem__)
+        return copies.graph
 
 
-def _clone(graph: Graph, node: Node) -> Node:
-    copy = graph.call_function(torch.clone, (node,))
-    copy.meta.update(node.meta)
-    return copy
+class _Copies(dict[Node, Node]):
+    """Nodes of one graph -> their copies in a new one, made when first asked for.
+
+    inputs: what the new graph is given; written: those of them that it works on a clone of.
+    """
+
+    def __init__(self, inputs: Iterable[Node], written: Iterable[Node]):
+        super().__init__()
+        self.graph = Graph()
+        for node in inputs:
+            self[node] = self.graph.placeholder(node.name)
+            self[node].meta.update(node.meta)
+        for node in written:
+            clone = self.graph.call_function(torch.clone, (self[node],))
+            clone.meta.update(node.meta)
+            self[node] = clone
+
+    def __missing__(self, node: Node) -> Node:
+        self[node] = copy = self.graph.node_copy(node, self.__getitem__)
+        return copy
+
+
+class _Behind(_Copies):
+    """Copies behind a boundary: what did not cross is made again from what did."""
+
+    def __init__(self, boundary: Boundary):
+        super().__init__(boundary.crossing, [n for n in boundary.crossing if n in boundary.cloned])
+        self._boundary = boundary
+        for node in boundary.remade():  # before any live operator, which may write into what these read
+            self[node]
+
+    def __missing__(self, node: Node) -> Node:
+        crossed = self._boundary.crossed_as(node) or self._boundary.same_tensor(node)
+        if node not in self._boundary.inside or crossed is node:
+            return super().__missing__(node)
+        self[node] = copy = self[crossed]
+        return copy

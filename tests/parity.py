@@ -14,7 +14,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxfreeze
+from fxfreeze.inputs import flatten_inputs
 from fxfreeze.runtime import Prefix, relative_error
+from fxfreeze.split import between, split
+from fxfreeze.trace import trace
 from fxfreeze.units import Unit
 
 TOLERANCE = 1e-10  # relative error by norm, float64
@@ -137,6 +140,38 @@ def compare(
     for tensor, version, copied in crossed:
         assert torch.equal(tensor, copied), f"{where}: the suffix wrote into a boundary tensor"
         assert tensor._version == version, f"{where}: the suffix wrote into a boundary tensor"
+
+
+def assert_segments_chain(model: fxfreeze.FreezableModel, args: tuple[Any, ...], training: bool) -> int:
+    """At each depth, every shallower boundary leads to the same values as the inputs do; returns how many were tried."""
+    net, tried = model.original, 0
+    for end in range(2, len(model.units)):
+        model.freeze(end)
+        model.train(training)
+        inputs, tensors = flatten_inputs(net, args, {})
+        traced = trace(net, inputs, tensors)
+        torch.manual_seed(0)
+        expected = _run(split(net, traced, model._ownership, end).prefix, tensors)
+        for start in range(1, end):
+            where = f"{start} to {end} of {len(model.units)}, {'train' if training else 'eval'}"
+            torch.manual_seed(0)
+            boundary = _run(split(net, traced, model._ownership, start).prefix, tensors)
+            before = copy.deepcopy(boundary)
+            segment = between(net, traced, model._ownership, start, end)
+            if segment is None:
+                continue
+            tried += 1
+            for ours, theirs in zip(_run(segment, boundary), expected, strict=True):
+                assert type(ours) is type(theirs), where
+                assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs, where
+            for ours, theirs in zip(_tensors(boundary), _tensors(before), strict=True):
+                assert torch.equal(ours, theirs), f"{where}: wrote into the boundary"
+    return tried
+
+
+def _run(graph: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    with torch.no_grad():
+        return tuple(graph(*inputs))
 
 
 @contextmanager

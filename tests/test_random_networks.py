@@ -1,5 +1,7 @@
 """Random networks, at every depth and in both modes, beside the original with its frozen units in eval.
 
+Deeper boundaries are made from shallower ones too.
+
 Blocks, branches, concatenations, strides, groups, shared modules, views, in-place operators with used and unused
 results, writes through items, slices, views and `out=`, dropout of all kinds, training branches, regions without
 gradients, buffers that are read and updated, sizes, and dead code.
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from hypothesis import HealthCheck, Phase, given, note, settings
-from parity import compare, freezable, freeze_by_hand, loss, settle
+from parity import assert_segments_chain, compare, freezable, freeze_by_hand, loss, settle
 from random_nets import networks
 from torch import Tensor, nn
 
@@ -54,6 +56,8 @@ def check(net: nn.Module, seen: Counter[str]) -> None:
         seen["could not run"] += 1
         return
     unfrozen = freezable(copy.deepcopy(net.train()))
+    for training in (True, False):
+        seen["segments"] += assert_segments_chain(copy.deepcopy(unfrozen), (inputs()[0],), training)
     for depth in range(1, len(unfrozen.units)):
         for training in (True, False):
             model, reference = copy.deepcopy(unfrozen), copy.deepcopy(net)
@@ -99,6 +103,7 @@ def run(examples: int) -> Counter[str]:
 def test_some_random_networks() -> None:
     seen = run(40)
     assert seen["compared"] > 8 * seen["networks"]
+    assert seen["segments"] > 4 * seen["networks"]
     assert seen["could not run"] + seen["could not train"] < seen["networks"] / 4
 
 

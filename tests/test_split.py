@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import assert_parity, boundaries, compare, freezable, freeze_by_hand, settle
+from parity import assert_parity, assert_segments_chain, boundaries, compare, freezable, freeze_by_hand, settle
 from split_cases import CASES, Always, C, D, Net, asserted, constant_filled, conv, image, noise, unused
 from torch import Tensor, nn
 
@@ -29,6 +29,23 @@ def test_every_depth(name: str) -> None:
     net = settle(Net(case.function, **case.parts()))
     model = assert_parity(net, case.calls())
     assert len(model.units) == case.units
+
+
+# ---- from one boundary to the next
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:unit .* holds:UserWarning")
+@pytest.mark.filterwarnings("ignore:An output with one or more elements was resized:UserWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")
+def test_a_deeper_boundary_is_made_from_a_shallower_one(name: str, training: bool) -> None:
+    """Bit for bit the one that the whole prefix makes; the shallower one is not written into."""
+    case = CASES[name]
+    net = settle(Net(case.function, **case.parts()))
+    model = freezable(net)
+    tried = assert_segments_chain(model, case.calls()[0], training)
+    assert tried or case.units <= 2
 
 
 # ---- what crosses
