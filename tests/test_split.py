@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxfreeze import FreezableModel
 from fxfreeze.inputs import flatten_inputs
-from fxfreeze.split import Split, split
+from fxfreeze.split import Split, between, split
 from fxfreeze.trace import trace
 
 
@@ -46,6 +46,28 @@ def test_a_deeper_boundary_is_made_from_a_shallower_one(name: str, training: boo
     model = freezable(net)
     tried = assert_segments_chain(model, case.calls()[0], training)
     assert tried or case.units <= 2
+
+
+def entangled_deeper(self: Net, x: Tensor) -> Tensor:
+    h = self.a(x)
+    k = self.b(h)
+    either = torch.broadcast_tensors(h, k)[0]  # may be a view of both
+    z = self.c(k)
+    either.mul_(z.detach().mean())
+    return self.head(z + h + k)
+
+
+def test_a_deeper_cut_that_freezes_less_is_made_from_the_inputs() -> None:
+    """Behind the second block a value is written into that may be a view of the first one's: both stay live."""
+    net = settle(Net(entangled_deeper))
+    model = freezable(net)
+    model.freeze(2)
+    inputs, tensors = flatten_inputs(net, (image(),), {})
+    traced = trace(net, inputs, tensors)
+    assert split(net, traced, model._ownership, 1).kept_live == ()
+    assert split(net, traced, model._ownership, 2).kept_live
+    assert between(net, traced, model._ownership, 1, 2) is None
+    assert_parity(net, [(image(),), (image(2),)])
 
 
 # ---- what crosses
