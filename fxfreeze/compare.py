@@ -1,11 +1,12 @@
 """Contenders trained on the same seed and data in interleaved blocks of steps, so that machine noise hits all alike.
 
-plain-short comes last, since its length follows from the time that fxfreeze took. Short blocks of plain between its
-blocks measure how far the machine's speed has drifted since.
+plain-short comes last, since its length follows from the time that fxfreeze took; short blocks of plain between its
+blocks tell how fast the machine is by then.
 """
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxfreeze.batches import Batches, Split
 from fxfreeze.model import compile
+from fxfreeze.pace import Pace, end_of_round
 from fxfreeze.recipes import Recipe, Settings, plain, plain_short
 from fxfreeze.schedule import FreezeOut
 from fxfreeze.train import Record, Run, logits_of
@@ -50,9 +52,10 @@ class Arena:
 class Row:
     """What one contender did.
 
-    seconds: training alone, freeze events (`build_seconds`) included, evaluation not; plain-short's are corrected for
-    drift and `raw_seconds` are not. flops: of its steps, forward and backward, convolutions and matrix products.
-    rates: (step, each unit's learning rate), sampled. test: accuracy at the end; correct: [N] bool, by sample.
+    seconds: training alone, freeze events (`build_seconds`) included, evaluation not, corrected by round for the machine's
+    pace (where plain is among the rows); raw_seconds: as measured. flops: of its steps, forward and backward, convolutions
+    and matrix products. rates: (step, each unit's learning rate), sampled. test: accuracy at the end; correct: [N] bool,
+    by sample.
     """
 
     name: str
@@ -73,10 +76,11 @@ class Row:
 
 @dataclass
 class Trial:
-    """One seed. drift: seconds of a plain step while plain-short ran, per second of one before; 1 without plain-short.
+    """One seed. finished: every row that was asked for came to its end.
 
-    identical: plain-short's time per step over that of the plain steps between its blocks: equal code, so its distance
-    from 1 is the noise of this measurement. finished: every row that was asked for came to its end.
+    drift: seconds of a plain step while plain-short ran, per second of one before; 1 without plain-short. identical:
+    plain-short's time per step over plain's, both corrected: equal code, so its distance from 1 is the noise of this
+    measurement. disturbed: the share of all rounds in which the machine was much slower than usual.
     """
 
     seed: int
@@ -84,6 +88,7 @@ class Trial:
     finished: bool
     drift: float = 1.0
     identical: float | None = None
+    disturbed: float = 0.0
 
 
 def compare(
@@ -95,39 +100,52 @@ def compare(
     """
     warm_up(net, arena)
     runs = {recipe.name: _run(net, recipe, arena) for recipe in recipes}
-    interleave(list(runs.values()), arena, watch, stop)
-    drift, identical = 1.0, None
-    if short and not stop():
-        step_seconds = _step_seconds(runs["plain"])
-        run = _run(net, plain_short(max(1, round(runs["fxfreeze"].record.seconds / step_seconds))), arena)
-        probe = _run(net, plain(run.recipe.steps), arena)
-        runs["plain-short"] = run
-        alternate(run, probe, arena, watch, stop)
-        if probe.step and run.step:
-            drift = _step_seconds(probe) / step_seconds
-            identical = _step_seconds(run) / _step_seconds(probe)
-    finished = all(run.done for run in runs.values()) and ("plain-short" in runs or not short)
+    rounds = interleave(list(runs.values()), arena, watch, stop)
+    base = runs["plain"] if "plain" in runs and runs["plain"].step else None
+    pace = None if base is None else Pace(rounds, base.recipe.steps, base.record.step_seconds)
+    seconds = {name: _seconds(run, pace) for name, run in runs.items()}
+    trial = Trial(arena.settings.seed, {}, finished=all(run.done for run in runs.values()) and not short)
+    if pace is not None:
+        trial.disturbed = pace.disturbed / rounds
+        if short and not stop():
+            run = _run(net, plain_short(max(1, round(seconds["fxfreeze"] / pace.usual))), arena)
+            later = alternate(run, _run(net, plain(run.recipe.steps), arena), arena, pace.usual, watch, stop)
+            runs["plain-short"], seconds["plain-short"] = run, _seconds(run, later)
+            trial.finished = all(run.done for run in runs.values())
+            if run.step and later is not None:
+                trial.drift = statistics.median(later.by_round)
+                trial.identical = seconds["plain-short"] / run.step / (seconds["plain"] / runs["plain"].step)
+                trial.disturbed = (pace.disturbed + later.disturbed) / (rounds + later.rounds)
     runs = {name: run for name, run in runs.items() if run.step}
     depths = {depth for run in runs.values() for depth in run.record.depths}
     flops = step_flops(net, arena.train, arena.settings.batch_size, depths)
-    rows = {name: _row(run, arena, flops, drift if name == "plain-short" else 1.0) for name, run in runs.items()}
-    return Trial(arena.settings.seed, rows, finished, drift, identical)
+    trial.rows = {name: _row(run, arena, flops, seconds[name]) for name, run in runs.items()}
+    return trial
 
 
-def interleave(runs: Sequence[Run], arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
-    """Trains all runs to their ends in rounds: `arena.block` steps of the shortest, as large a share of the others."""
+def interleave(runs: Sequence[Run], arena: Arena, watch: Watch, stop: Callable[[], bool]) -> int:
+    """Trains all runs to their ends in rounds: `arena.block` steps of the shortest, as large a share of the others.
+
+    Returns the number of rounds.
+    """
     rounds = math.ceil(min(run.recipe.steps for run in runs) / arena.block)
     for done in range(1, rounds + 1):
         turn = (done - 1) % len(runs)  # each run is first in turn, and so is after each other one
         for run in [*runs[turn:], *runs[:turn]]:
-            advance(run, round(run.recipe.steps * done / rounds), arena, watch, stop)
+            advance(run, end_of_round(rounds, run.recipe.steps, done), arena, watch, stop)
+    return rounds
 
 
-def alternate(run: Run, probe: Run, arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
-    """Trains `run` to its end with short blocks of `probe` around its blocks."""
-    while not run.done and not stop():
-        probe.train(max(1, arena.block // PROBE_SHARE), stop)
-        advance(run, run.step + arena.block, arena, watch, stop)
+def alternate(run: Run, probe: Run, arena: Arena, usual: float, watch: Watch, stop: Callable[[], bool]) -> Pace | None:
+    """Trains `run` to its end with short blocks of `probe` before its blocks; the pace that these tell, if any ran.
+
+    usual: seconds of a step of plain training before.
+    """
+    rounds, part = math.ceil(run.recipe.steps / arena.block), max(1, arena.block // PROBE_SHARE)
+    for done in range(1, rounds + 1):
+        probe.train(part, stop)
+        advance(run, end_of_round(rounds, run.recipe.steps, done), arena, watch, stop)
+    return Pace(rounds, rounds * part, probe.record.step_seconds, usual) if probe.step else None
 
 
 def advance(run: Run, target: int, arena: Arena, watch: Watch, stop: Callable[[], bool]) -> None:
@@ -171,11 +189,15 @@ def _run(net: nn.Module, recipe: Recipe, arena: Arena) -> Run:
     return Run(copy.deepcopy(net), recipe, arena.settings, arena.batches())
 
 
-def _step_seconds(run: Run) -> float:
-    return run.record.seconds / run.step
+def _seconds(run: Run, pace: Pace | None) -> float:
+    """All seconds of a run, those of its steps corrected."""
+    if pace is None:
+        return run.record.seconds
+    steps = run.record.step_seconds
+    return run.record.seconds - sum(steps) + pace.corrected(run.recipe.steps, steps)
 
 
-def _row(run: Run, arena: Arena, flops: dict[int, int], drift: float) -> Row:
+def _row(run: Run, arena: Arena, flops: dict[int, int], seconds: float) -> Row:
     recipe, record = run.recipe, run.record
     if not record.evaluations or record.evaluations[-1].step != run.step:  # stopped within an epoch
         run.validate(arena.val)
@@ -186,7 +208,7 @@ def _row(run: Run, arena: Arena, flops: dict[int, int], drift: float) -> Row:
         about=recipe.about,
         planned=recipe.steps,
         steps=run.step,
-        seconds=record.seconds / drift,
+        seconds=seconds,
         raw_seconds=record.seconds,
         build_seconds=run.build_seconds,
         evaluation_seconds=record.evaluation_seconds,

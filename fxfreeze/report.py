@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 
 from fxfreeze.compare import Row, Trial
+from fxfreeze.pace import DISTURBED
 from fxfreeze.pictures import COLOURS
 from fxfreeze.recipes import Settings
 from fxfreeze.verdict import Average, Summary, caution, finished, ratio, summarise, verdict
@@ -85,12 +86,19 @@ def table(report: Report) -> Table:
 def notes(report: Report) -> list[str]:
     """What a reader needs to weigh the table, a sentence or three each."""
     lines = [
-        "Time is training alone, freeze events included and evaluation left out. FLOPs are those of convolutions and "
+        "Time is training alone, freeze events included and evaluation left out, corrected in each round of turns for the "
+        "machine's pace, which plain's own steps in it tell. FLOPs are those of convolutions and "
         "matrix products, forward and backward. Test accuracy was read once, at the end; no choice looked at it.",
     ]
     if all("fxfreeze" in trial.rows for trial in report.shown):
         share = build_share([trial.rows["fxfreeze"] for trial in report.shown])
         lines.append(f"Freeze events (trace, split, rewrite, self-check): {share:.1%} of fxfreeze's training time.")
+    disturbed = statistics.fmean(trial.disturbed for trial in report.shown)
+    if disturbed:
+        lines.append(
+            f"The machine was disturbed: in {disturbed:.0%} of the rounds plain's steps took more than {DISTURBED}x their "
+            f"usual time. Times are corrected for it, but figures to quote need a quiet machine."
+        )
     lines += _notes_on_short([trial for trial in report.shown if trial.identical is not None])
     for trial in report.trials:
         lines += [
@@ -165,7 +173,7 @@ def _relative(summary: Summary, share: Average | None) -> str:
 
 def build_share(rows: Sequence[Row]) -> float:
     """Share of the rows' training time that went into freeze events."""
-    return sum(row.build_seconds for row in rows) / sum(row.seconds for row in rows)
+    return sum(row.build_seconds for row in rows) / sum(row.raw_seconds for row in rows)
 
 
 def _notes_on_short(trials: Sequence[Trial]) -> list[str]:
@@ -182,8 +190,8 @@ def _notes_on_short(trials: Sequence[Trial]) -> list[str]:
         length += " Freezing cost more than plain training here, so plain-short is longer than plain."
     return [
         length,
-        f"plain-short ran last. Blocks of plain between its own took {drift} the time of plain's earlier steps, and "
-        f"its time is corrected by that. Beside them its own steps, the same code, took {identical}: the noise.",
+        f"plain-short ran last, when a step of plain took {drift} its earlier time, as blocks between its own showed. So "
+        f"corrected, its steps took {identical} the time of plain's, which are the same code: that is the noise.",
     ]
 
 

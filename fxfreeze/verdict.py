@@ -161,7 +161,7 @@ def _summary(rows: Sequence[Row], plains: Sequence[Row | None]) -> Summary:
         relative_seconds=average([row.seconds / base.seconds for row, base in pairs]) if pairs else None,
         relative_flops=average([row.flops / base.flops for row, base in pairs]) if pairs else None,
         step_seconds=average([row.seconds / row.steps for row in rows]),
-        build_share=average([row.build_seconds / row.seconds for row in rows]),
+        build_share=average([row.build_seconds / row.raw_seconds for row in rows]),
         validation=average([row.record.evaluations[-1].accuracy for row in rows]),
         best_validation=average([max(e.accuracy for e in row.record.evaluations) for row in rows]),
         test=average([row.test for row in rows]),

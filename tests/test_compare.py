@@ -147,6 +147,30 @@ def test_drift_is_measured_and_corrected(clock: Clock, monkeypatch: pytest.Monke
     assert outcome.rows["plain"].seconds == outcome.rows["plain"].raw_seconds == 20
 
 
+def test_a_machine_that_is_disturbed_for_a_while_changes_no_verdict(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen steps take less; in the last third of the training, everything takes five times as long."""
+    original = Run._step
+
+    def step(run: Run) -> Tensor:
+        slow = 5.0 if run.step >= 0.7 * run.recipe.steps and run.recipe.name != "plain-short" else 1.0
+        clock.step = slow * (0.5 if run.depth >= 2 else 1.0)
+        return original(run)
+
+    quiet = full()
+    monkeypatch.setattr(Run, "_step", step)
+    disturbed = full(block=2)
+    frozen = sum(depth >= 2 for depth in quiet.rows["fxfreeze"].record.depths)
+    assert frozen > 5
+    short = disturbed.rows["plain-short"]
+    assert short.planned == pytest.approx(30 - frozen / 2, abs=1)
+    assert disturbed.rows["fxfreeze"].raw_seconds > 2 * disturbed.rows["fxfreeze"].seconds
+    assert disturbed.rows["plain"].seconds == pytest.approx(20)
+    assert disturbed.disturbed == pytest.approx(3 / (10 + 12), abs=0.05)
+    assert quiet.disturbed == 0
+
+
 def test_blocks_of_plain_stand_between_those_of_plain_short(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[str, int]] = []
     original = Run.train
@@ -158,12 +182,12 @@ def test_blocks_of_plain_stand_between_those_of_plain_short(monkeypatch: pytest.
     run, probe = make_run("plain"), make_run("plain")
     run.recipe = dataclasses.replace(run.recipe, name="plain-short")
     monkeypatch.setattr(Run, "train", note)
-    engine.alternate(run, probe, arena(block=8), Log(), never)
+    engine.alternate(run, probe, arena(block=8), 1.0, Log(), never)
     assert run.done
     probes = [i for i, (name, _) in enumerate(taken) if name == "plain"]
     assert [taken[i][1] for i in probes] == [2, 2, 2]
     between = [sum(steps for _, steps in taken[a + 1 : b]) for a, b in zip(probes, [*probes[1:], None], strict=True)]
-    assert between == [8, 8, 4]
+    assert between == [7, 6, 7]
 
 
 def test_plain_short_anneals_its_own_cosine() -> None:

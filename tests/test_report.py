@@ -47,11 +47,19 @@ def test_table_shows_steps_that_were_not_taken() -> None:
 def test_notes_give_events_drift_and_noise() -> None:
     text = "\n".join(report.notes(make_report([make_trial()])))
     assert "self-check): 2.0% of fxfreeze's training time" in text
-    assert "took 1.250x the time of plain's earlier steps" in text
-    assert "took 1.010x: the noise" in text
+    assert "a step of plain took 1.250x its earlier time" in text
+    assert "its steps took 1.010x the time of plain's, which are the same code" in text
+    assert "disturbed" not in text
     assert "0.40x of plain's time, 0.40x of its FLOPs" in text
     assert "longer than plain" not in text
     assert "plain-short is longer than plain" in "\n".join(report.notes(make_report([make_trial(plain=5.0)])))
+
+
+def test_notes_say_when_the_machine_was_disturbed() -> None:
+    trial = make_trial()
+    trial.disturbed = 0.25
+    text = "\n".join(report.notes(make_report([trial])))
+    assert "in 25% of the rounds plain's steps took more than 1.5x their usual time" in text
 
 
 def test_notes_name_what_diverged_and_what_was_stopped() -> None:
