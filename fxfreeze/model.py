@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxfreeze.derived import Derived
-from fxfreeze.inputs import Inputs, flatten_inputs, required_inputs
+from fxfreeze.inputs import Inputs, TraceRefusal, flatten_inputs, required_inputs
 from fxfreeze.runtime import Prefix
 from fxfreeze.schedule import Schedule
 from fxfreeze.surgery import Decision, plan_key
@@ -267,10 +267,17 @@ class FreezableModel(nn.Module):
         device = tensors[0].device.type if tensors else "cpu"
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (plan_key(leaves, spec), self._derived.modes(), autocast, torch.is_grad_enabled())
-        plan = surgery.plan(key, leaves, args, kwargs)
-        if plan is None:
-            return self.original.forward(*args, **kwargs)
-        return pytree.tree_unflatten(plan.suffix(*plan.prefix(*tensors)), plan.outputs)
+        try:
+            plan = surgery.plan(key, leaves, args, kwargs)
+        except TraceRefusal as error:
+            refusal = error
+        else:
+            return pytree.tree_unflatten(plan.suffix(*plan.prefix(*tensors)), plan.outputs)
+        outputs = self.original.forward(
+            *args, **kwargs
+        )  # says itself what is wrong with a call that it can't run either
+        surgery.refuse(key, refusal)
+        return outputs
 
     # ---- standing in
 

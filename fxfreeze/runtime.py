@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from fxfreeze.inputs import TraceRefusal
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
 
@@ -175,7 +176,10 @@ def _reference(graph: GraphModule, inputs: Sequence[Any], random: RandomState) -
             return few, tuple(_Recorder(graph).run(*few))
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
             random.restore()  # a network that ties samples together (pairs, frames) needs the batch it was given
-    return list(inputs), tuple(_Recorder(graph).run(*inputs))
+    try:
+        return list(inputs), tuple(_Recorder(graph).run(*inputs))
+    except Exception as error:
+        raise TraceRefusal(f"the frozen part as it was traced can't run it: {type(error).__name__}: {error}") from error
 
 
 def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:

@@ -122,13 +122,13 @@ class Surgery:
     _plans: dict[Any, Plan] = field(default_factory=dict)
     _bound: set[Any] = field(default_factory=set)
     _segments: dict[tuple[str, Computation], list[Segment]] = field(default_factory=dict)
-    _refused: set[Any] = field(default_factory=set)
+    _refused: dict[Any, TraceRefusal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prefix = Prefix(self.depth, (), self.seconds)
 
-    def plan(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
-        """The plan for a call; None when it can't be traced, so that the original must run."""
+    def plan(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        """The plan for a call; raises TraceRefusal when it can't be traced, so that the original must run."""
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
         stale = changed(found.reads) if found is not None else None
@@ -136,7 +136,7 @@ class Surgery:
             self._shows(found.prefix)
             return found
         if key in self._refused:
-            return None
+            raise self._refused[key]
         began = time.perf_counter()
         try:
             # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
@@ -144,13 +144,14 @@ class Surgery:
             plan: Plan = make(key, args, kwargs)
             self._count(f"self.{stale.name} of a {stale.owner} has changed" if stale else None)
             return plan
-        except TraceRefusal as refusal:
-            self._refused.add(key)
-            self._warn(f"this call runs the original, frozen units included: {refusal}")
-            return None
         finally:
             self.seconds += time.perf_counter() - began
             self._shows(self.prefix)
+
+    def refuse(self, key: Any, refusal: TraceRefusal) -> None:
+        """Take note that such calls are the original's: one of them ran there."""
+        self._refused[key] = refusal.with_traceback(None)
+        self._warn(f"this call runs the original, frozen units included: {refusal}")
 
     def _shows(self, prefix: Prefix) -> None:
         """Make ``prefix`` the one that the model shows: what ran last."""
