@@ -1,55 +1,68 @@
-"""Plain attributes that a forward reads while it is traced: the graph holds their values, so it is good only for these.
+"""Attributes that a forward reads while it is traced: the graph holds what they were, so it is good only for these.
 
-A temperature that is annealed, a drop rate that is scheduled, a flag that is flipped: each asks for another trace.
+A temperature that is annealed, a flag that is flipped, a buffer that is set at last: each asks for another trace.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["AttributeReads", "Read", "changed"]
 
 _ABSENT = object()
 _PLAIN = (type(None), bool, int, float, complex, str)
-_INTERNAL = frozenset(vars(nn.Module()))
+_UNINTERESTING = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"forward"}
+_REGISTERS = ("_parameters", "_buffers", "_modules")
+_DEPTH = 3
 
 
 class Read(NamedTuple):
-    """One attribute read. own: the module's ``__dict__``; value: what it held, a copy of a list or dict."""
+    """One attribute read. owner: the module's class; held: the dictionary it is kept in; value: a snapshot of it."""
 
-    owner: str
-    own: dict[str, Any]
+    owner: type
+    held: dict[str, Any]
     name: str
     value: Any
 
-    def changed(self) -> bool:
-        now = self.own.get(self.name, _ABSENT)
-        return now is not self.value and not (type(now) is type(self.value) and _is_plain(now) and now == self.value)
+
+class _Object(NamedTuple):
+    """A snapshot of a user's object: itself, and its plain attributes."""
+
+    itself: Any
+    plain: dict[str, Any]
 
 
 class AttributeReads:
-    """What is read of the modules of ``net``: numbers, flags, strings, and lists, tuples and dicts of these.
+    """What is read of the modules of ``net`` within ``recorded()``, but not while ``paused()``.
 
-    Within ``recorded()`` only, and not while ``paused()``. found: by module and name.
+    found: by dictionary and name. Parameters, buffers and submodules that are there are not among them: the graph names
+    these.
     """
 
     def __init__(self, net: nn.Module, paused: Callable[[], bool]):
         self.found: dict[tuple[int, str], Read] = {}
         self._modules = {id(m) for m in net.modules()}
         self._paused = paused
+        self._objects: dict[int, _Object] = {}
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
+        read = object.__getattribute__
+
         def reading(module: nn.Module, name: str) -> Any:
-            value = object.__getattribute__(module, name)
-            if name in _INTERNAL or not _is_plain(value) or id(module) not in self._modules or self._paused():
-                return value
-            own = object.__getattribute__(module, "__dict__")
-            then = own.get(name, _ABSENT)  # what a class holds is hidden once the instance has its own
-            then = then.copy() if isinstance(then, (list, dict)) else then
-            self.found.setdefault((id(module), name), Read(type(module).__qualname__, own, name, then))
+            if name in _UNINTERESTING or name.startswith("__") or id(module) not in self._modules or self._paused():
+                return read(module, name)
+            own = read(module, "__dict__")
+            try:
+                value = read(module, name)
+            except AttributeError:  # a registered one, which nn.Module finds next, or none
+                held = next((own[key] for key in _REGISTERS if name in own.get(key, ())), own)
+                if held.get(name) is None:
+                    self._note(type(module), held, name)
+                raise
+            self._note(type(module), own, name)
             return value
 
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign, assignment]
@@ -58,15 +71,63 @@ class AttributeReads:
         finally:
             del nn.Module.__getattribute__
 
+    def _note(self, owner: type, held: dict[str, Any], name: str) -> None:
+        if (id(held), name) not in self.found:
+            value = _snapshot(_now(owner, held, name), self._objects)
+            self.found[id(held), name] = Read(owner, held, name, value)
+
 
 def changed(reads: list[Read]) -> Read | None:
-    """The first attribute that no longer has the value that was read."""
-    return next((read for read in reads if read.changed()), None)
+    """The first attribute that is no longer what was read."""
+    same: set[int] = set()  # objects that were compared: many modules may hold one
+    return next((r for r in reads if not _same(r.value, _now(r.owner, r.held, r.name), same)), None)
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(isinstance(v, _PLAIN) for v in value)
-    if isinstance(value, dict):
-        return all(isinstance(v, _PLAIN) for v in value.values())
-    return isinstance(value, _PLAIN)
+def _now(owner: type, held: dict[str, Any], name: str) -> Any:
+    """The instance's own attribute, or else that of its class."""
+    value = held.get(name, _ABSENT)
+    return getattr(owner, name, _ABSENT) if value is _ABSENT else value
+
+
+def _snapshot(value: Any, objects: dict[int, _Object], depth: int = _DEPTH) -> Any:
+    """A copy of collections, to be compared by their elements, and of an object's plain attributes."""
+    if isinstance(value, _PLAIN) or depth == 0:
+        return value
+    if type(value) in (list, tuple):
+        return type(value)([_snapshot(v, objects, depth - 1) for v in value])
+    if type(value) is dict:
+        return {k: _snapshot(v, objects, depth - 1) for k, v in value.items()}
+    if type(value) is set:
+        return value.copy()
+    if not hasattr(value, "__dict__") or callable(value) or isinstance(value, (nn.Module, Tensor)):
+        return value
+    if id(value) not in objects:
+        objects[id(value)] = _Object(value, _plain_of(value))
+    return objects[id(value)]
+
+
+def _plain_of(value: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN)}
+
+
+def _same(then: Any, now: Any, same: set[int]) -> bool:
+    if type(then) is _Object:
+        if now is not then.itself:
+            return False
+        if id(then) not in same:
+            plain = _plain_of(now)
+            if plain.keys() != then.plain.keys() or not all(_same(v, plain[k], same) for k, v in then.plain.items()):
+                return False
+            same.add(id(then))
+        return True
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(then, (*_PLAIN, set)):
+        return bool(now == then)
+    if isinstance(then, (list, tuple)):
+        return len(now) == len(then) and all(_same(a, b, same) for a, b in zip(then, now, strict=True))
+    if isinstance(then, dict):
+        return list(now) == list(then) and all(_same(value, now[k], same) for k, value in then.items())
+    return False

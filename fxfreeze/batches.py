@@ -28,7 +28,7 @@ class Batches:
         if len(split.labels) < batch_size:
             raise ChoiceError(
                 f"a batch of {batch_size} samples was asked for, but the training split holds {len(split.labels)}: "
-                "use a smaller batch size"
+                "use a smaller batch size (--batch-size)"
             )
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.steps_per_epoch = len(split.labels) // batch_size

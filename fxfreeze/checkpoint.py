@@ -1,7 +1,6 @@
 """A run on disk: either the whole of it or the one before, whenever the process dies."""
 
 import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +38,10 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ChoiceError(f"no checkpoint at {path}: --resume takes a file that --save wrote")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ChoiceError(f"{path} can't be read as a checkpoint: {one_line(error)}") from error
-    if not isinstance(content, dict) or content.get("fxfreeze") != FORMAT:
+    except OSError as error:
+        raise ChoiceError(f"{path} can't be read: {one_line(error)}") from error
+    except Exception as error:
+        raise ChoiceError(f"{path} is not a whole checkpoint of `fxfreeze train`") from error
+    if not isinstance(content, dict) or content.get("fxfreeze") != FORMAT or not {"run", "about"} <= content.keys():
         raise ChoiceError(f"{path} is not a checkpoint of `fxfreeze train` in format {FORMAT}")
     return content["run"], content["about"]

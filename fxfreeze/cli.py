@@ -15,6 +15,7 @@ import torch
 
 from fxfreeze import checkpoint, commands, data, zoo
 from fxfreeze.imports import ChoiceError
+from fxfreeze.inputs import TraceRefusal
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
 from fxfreeze.task import prepare
 from fxfreeze.train import PRECISIONS
@@ -55,9 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path.insert(0, "")  # --model mynet:build finds the user's own file, as python -m would
     try:
         return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
-    except ChoiceError as error:
-        print(f"fxfreeze {verb}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ChoiceError, TraceRefusal) as error:
+        what = "the network can't be frozen: " if isinstance(error, TraceRefusal) else ""
+        print(f"fxfreeze {verb}: error: {what}{' '.join(str(error).split())}", file=sys.stderr)
         return MISUSE
+    except KeyboardInterrupt:  # before there was anything to end in good order
+        print(f"fxfreeze {verb}: stopped", file=sys.stderr)
+        return commands.INTERRUPTED
 
 
 def _run(verb: str, given: dict[str, Any], command: str) -> int:

@@ -118,6 +118,14 @@ def run_plan(task: Task, settings: Settings, *, out: Path) -> int:
     planned = cost.plan(task.build(settings.seed), scheduled(contest), (task.train.images[: settings.batch_size],))
     console = wide_console()
     console.print(planned.table())
+    if settings.steps_scale != 1:
+        steps, cost_share = task.steps(settings), settings.steps_scale * (1 - planned.saving(cached=False))
+        console.print(
+            f"At --steps-scale {settings.steps_scale:g} the whole costs {cost_share:.2f}x of the {steps:,} steps of plain "
+            f"training that compare sets against it.",
+            highlight=False,
+            soft_wrap=True,
+        )
     with claimed(out):
         path = out / "plan.svg"
         planned.plot(path)

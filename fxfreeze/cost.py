@@ -109,9 +109,10 @@ class Plan:
         return table
 
     def _caption(self) -> str:
+        plain = "plain training" if self.total_steps is None else f"{self.total_steps:,} steps of plain training"
         when = "" if self.total_steps is not None else " once every milestone has passed"
         return (
-            f"predicted saving{when}: {self.saving(cached=False):.1%} of plain training's FLOPs, "
+            f"predicted saving{when}: {self.saving(cached=False):.1%} of the FLOPs of {plain}, "
             f"{self.saving(cached=True):.1%} with the frozen outputs cached; "
             f"a full step holds {self.memory(0) / 2**20:,.1f} MiB"
         )

@@ -6,7 +6,7 @@ It may be dropped at any time and is never saved; only the decisions outlive it.
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxfreeze.surgery import Decision, DecisionKey, Surgery
 from fxfreeze.units import Ownership, Unit
@@ -34,6 +34,8 @@ class Derived:
         frozen = self.ownership.units[:depth]
         self.depth = depth
         self.modules = list(self.net.modules())
+        self._parents = [m for m in self.modules if m._modules]
+        self._children = self._tree()
         self.frozen = [self.net.get_submodule(name) for unit in frozen for name in unit.modules]
         self._slots = [slot for unit in frozen for slot in _slots(self.net, unit)]
         self._seen: list[tuple[int, int, int]] = []
@@ -45,18 +47,26 @@ class Derived:
         """The plans: new ones if a frozen tensor is another, lies elsewhere, or was written into."""
         for owner, name in self._slots:
             tensor = owner.get(name)
-            if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)  # thawed behind the model's back, or put in another's place
         seen = self.signs()
-        if seen != self._seen:
+        if seen != self._seen or self._children != self._tree():
             self.start(self.depth)
-            self._seen = seen
+            self._seen = self.signs()
         return self.surgery
 
     def signs(self) -> list[tuple[int, int, int]]:
         """What differs once a frozen tensor is another, lies elsewhere, or was written into."""
         tensors = [tensor for owner, name in self._slots if (tensor := owner.get(name)) is not None]
-        return [(id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors]
+        return [(id(t), 0 if t.is_inference() else t._version, _address(t)) for t in tensors]
+
+    def _tree(self) -> list[int]:
+        """What differs once a module was put in another's place, added or taken away."""
+        return [id(child) for parent in self._parents for child in parent._modules.values()]
+
+    def look_again(self) -> None:
+        """Take what the frozen tensors are now for what they were when the plans were made."""
+        self._seen = self.signs()
 
     def assert_frozen(self) -> None:
         """Frozen modules stay in eval, whatever the trainer's ``model.train()`` did."""
@@ -71,6 +81,10 @@ class Derived:
             for m in self.modules
         ]
         return tuple([m.training for m in self.modules]), tuple(hooks) if any(hooks) else ()
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
 
 
 def _slots(net: nn.Module, unit: Unit) -> list[tuple[dict[str, Any], str]]:

@@ -58,7 +58,8 @@ def compile(
     ownership = find_units(net, traces_of(net, example_inputs), units)
     if len(ownership.units) == 1:
         warnings.warn(
-            "the network is a single unit, and the last unit never freezes: nothing will be frozen", stacklevel=2
+            f"the network is a single unit, and the last unit never freezes: nothing will be frozen{_tie(net)}",
+            stacklevel=2,
         )
     return FreezableModel(net, schedule, ownership, backend, _dtype(precision))
 
@@ -77,6 +78,16 @@ def _check_net(net: nn.Module) -> None:
         )
     if isinstance(net, torch.jit.ScriptModule):
         raise TypeError("net is a TorchScript module, which has no Python forward to trace: compile the Python network")
+
+
+def _tie(net: nn.Module) -> str:
+    """Two parameters that are one, if there are any: all between their uses freezes together."""
+    names: dict[int, str] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        if first := names.get(id(parameter)):
+            return f" ({first} and {name} are one parameter, so all between its uses freezes together)"
+        names[id(parameter)] = name
+    return ""
 
 
 def _dtype(precision: torch.dtype | str | None) -> torch.dtype | None:
@@ -272,7 +283,10 @@ class FreezableModel(nn.Module):
         except TraceRefusal as error:
             refusal = error
         else:
-            return pytree.tree_unflatten(plan.suffix(*plan.prefix(*tensors)), plan.outputs)
+            boundary = plan.prefix(*tensors)
+            if plan.prefix.whole:
+                self._derived.look_again()  # what modules kept whole wrote into their own buffers is nobody else's change
+            return pytree.tree_unflatten(plan.suffix(*boundary), plan.outputs)
         outputs = self.original.forward(
             *args, **kwargs
         )  # says itself what is wrong with a call that it can't run either
@@ -305,6 +319,11 @@ class FreezableModel(nn.Module):
         if self._derived.signs() != before:  # now, for a second move may end up at the first one's addresses
             self.refresh()
         return self
+
+    def _replicate_for_data_parallel(self) -> Self:
+        raise RuntimeError(
+            "nn.DataParallel copies modules in a way that a frozen part can't follow: use DistributedDataParallel"
+        )
 
     def extra_repr(self) -> str:
         return f"{type(self.original).__qualname__}, {self.depth} of {len(self.units)} units frozen"

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from fxfreeze.inputs import TraceRefusal
+from fxfreeze.layouts import Layouts
 from fxfreeze.randomness import RandomState, random_state_kept
+from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
 
 __all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "build"]
@@ -56,7 +58,8 @@ class Segment:
     """The graph between the boundaries at two depths, frozen.
 
     start, end: depths; plain: the traced graph on the original's modules; rewritten: after the passes, or None when
-    ``reason`` says why the plain graph runs; error: relative error of the self-check, bound: what it may be.
+    ``reason`` says why the plain graph runs; error: relative error of the self-check, bound: what it may be; whole:
+    modules that it calls and that may do more than compute.
     """
 
     start: int
@@ -70,8 +73,13 @@ class Segment:
     outcomes: list[Outcome] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
-    formats: tuple[tuple[torch.dtype, torch.memory_format | None] | None, ...] = ()
     backend: str = "plain"
+    layouts: Layouts = field(init=False)
+    whole: list[nn.Module] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layouts = Layouts(self._first_outputs)
+        self.whole = kept_whole(self.plain)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Boundary in, boundary out; records no tape; every output is a tensor of its own or one of the inputs."""
@@ -80,7 +88,12 @@ class Segment:
                 return tuple(self.plain.forward(*inputs))
             with self.computation.context():
                 outputs = self.rewritten.forward(*inputs)
-            return tuple(map(_as_original, outputs, self.formats))
+            return self.layouts.imposed(outputs, inputs)
+
+    def _first_outputs(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """What the original makes of a few samples, on a copy of its graph."""
+        with random_state_kept() as random:
+            return _reference(_copy(self.plain), inputs, random, self.whole)[1]
 
     def describe(self) -> str:
         """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
@@ -90,10 +103,10 @@ class Segment:
         check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
         state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
         head = (
-            f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators (of {_calls(self.plain)} traced), "
+            f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators ({_calls(self.plain)} traced), "
             f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
         )
-        return "\n".join([head, *_lines(self.outcomes), *(f"  kept live: {note}" for note in self.notes)])
+        return "\n".join([head, *_lines(self.outcomes), *(f"  {note}" for note in self.notes)])
 
 
 @dataclass
@@ -111,6 +124,11 @@ class Prefix:
         for segment in self.segments:
             tensors = segment(*tensors)
         return tensors
+
+    @property
+    def whole(self) -> bool:
+        """Whether it calls modules of the user's that may do more than compute."""
+        return any(segment.whole for segment in self.segments)
 
     def __str__(self) -> str:
         if not self.depth:
@@ -145,21 +163,24 @@ def build(
     segment = Segment(*span, plain, computation)
     with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
         graph = _copy(plain)
-        samples, reference = _reference(graph, inputs, random)
-        segment.formats = tuple(map(_format, reference))
+        samples, reference = _reference(graph, inputs, random, segment.whole)
+        segment.layouts.learn(reference)
         if not rewrite:
             segment.reason = DECIDED
         else:
             try:
                 with computation.context():
-                    if computation.overrides:
-                        _Recorder(graph).run(*samples)  # what passes read is how this computation runs it
+                    if computation.overrides:  # what passes read is how this computation runs it
+                        with rehearsed(segment.whole):
+                            _Recorder(graph).run(*samples)
                     graph.meta["compute_dtype"] = computation.autocast
                     segment.outcomes = run_passes(graph, passes)
                     random.restore()
-                    outputs = graph.forward(*samples)
-                formats = zip(outputs, segment.formats, strict=True)
-                _judge(segment, graph, [_as_original(value, wanted) for value, wanted in formats], reference)
+                    with rehearsed(segment.whole):
+                        outputs = graph.forward(*samples)
+                if len(outputs) != len(reference):
+                    raise PassError(f"the passes left {len(outputs)} outputs of {len(reference)}")
+                _judge(segment, graph, segment.layouts.imposed(outputs, samples), reference)
             except PassError as error:
                 segment.reason = str(error)
             except Exception as error:  # noqa: BLE001 - the plain graph just ran, so training must go on with it
@@ -168,22 +189,27 @@ def build(
     return segment
 
 
-def _reference(graph: GraphModule, inputs: Sequence[Any], random: RandomState) -> tuple[list[Any], tuple[Any, ...]]:
+def _reference(
+    graph: GraphModule, inputs: Sequence[Any], random: RandomState, whole: list[nn.Module]
+) -> tuple[list[Any], tuple[Any, ...]]:
     """A few samples of the batch, and what the original makes of them; the whole batch where it can't be sliced."""
     few = _first_samples(inputs)
     if few is not None:
         try:
-            return few, tuple(_Recorder(graph).run(*few))
+            with rehearsed(whole):
+                return few, tuple(_Recorder(graph).run(*few))
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
             random.restore()  # a network that ties samples together (pairs, frames) needs the batch it was given
     try:
-        return list(inputs), tuple(_Recorder(graph).run(*inputs))
+        with rehearsed(whole):
+            return list(inputs), tuple(_Recorder(graph).run(*inputs))
     except Exception as error:
         raise TraceRefusal(f"the frozen part as it was traced can't run it: {type(error).__name__}: {error}") from error
 
 
 def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:
-    sizes = {t.shape[0] if t.dim() else None for t in inputs if isinstance(t, Tensor)}
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    sizes = {t.shape[0] if t.dim() and t.layout == torch.strided else None for t in tensors}
     if len(sizes) != 1 or None in sizes or next(iter(sizes)) <= _SAMPLES:  # type: ignore[operator]
         return None
     return [t[:_SAMPLES] if isinstance(t, Tensor) else t for t in inputs]
@@ -201,7 +227,7 @@ class _Recorder(Interpreter):
 
 def _copy(plain: GraphModule) -> GraphModule:
     """The plain graph as one that passes may edit."""
-    module = GraphModule(torch.nn.Module(), Graph())
+    module = GraphModule(nn.Module(), Graph())
     module.root = plain.root
     for name, buffer in plain._buffers.items():
         module.register_buffer(name, buffer)
@@ -238,25 +264,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     return float(distance / torch.linalg.vector_norm(reference.double())) if distance else 0.0
 
 
-def _format(value: Any) -> tuple[torch.dtype, torch.memory_format | None] | None:
-    """The dtype and layout in which the suffix expects a boundary value; None: as it comes."""
-    if not isinstance(value, Tensor):
-        return None
-    if value.is_contiguous():
-        return value.dtype, torch.contiguous_format
-    if value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last):
-        return value.dtype, torch.channels_last
-    return value.dtype, None
-
-
-def _as_original(value: Any, wanted: tuple[torch.dtype, torch.memory_format | None] | None) -> Any:
-    if wanted is None or not isinstance(value, Tensor):
-        return value
-    dtype, layout = wanted
-    value = value if value.dtype == dtype else value.to(dtype)
-    return value if layout is None else value.contiguous(memory_format=layout)
-
-
 def _calls(module: GraphModule) -> int:
     return sum(node.op.startswith("call") for node in module.graph.nodes)
 
@@ -267,6 +274,8 @@ def _short(dtype: torch.dtype) -> str:
 
 def _lines(outcomes: list[Outcome]) -> Iterator[str]:
     """A line for each thing that a pass did, and one for each place and reason."""
+    if not outcomes:
+        yield "  no pass found anything to rewrite"
     kinds: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         kinds.setdefault((outcome.name, outcome.what), []).append(outcome)

@@ -65,7 +65,7 @@ class Shapes:
                 fakes: dict[str, Tensor] = {name: self._fake(tensor) for name, tensor in state.items()}
                 before = ModuleState(module.named_modules())
                 try:
-                    with random_state_kept():
+                    with random_state_kept(module.modules()):
                         return torch.func.functional_call(module, fakes, args, kwargs)
                 finally:
                     before.restore()

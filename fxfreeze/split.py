@@ -4,8 +4,10 @@ A node is in the prefix exactly when its units are frozen and everything it depe
 prefix. Any ownership of nodes is therefore right; ownership decides only how much the prefix holds.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,9 +180,9 @@ class _Cut:
             if node in kept and node.target is without_grad:
                 copies[node] = copies[node.all_input_nodes[0]]  # nothing has a gradient here
             elif node in kept:
-                copy = copies[node]
+                copied = copies[node]
                 if self._is_silenced(node) and (off := silenced(node)) is not None:
-                    copy.args, copy.kwargs = torch.fx.node.map_arg(off, copies.__getitem__)
+                    copied.args, copied.kwargs = torch.fx.node.map_arg(off, copies.__getitem__)
         copies.graph.output(tuple(copies[n] for n in self.boundary.crossing))
         return copies.graph
 
@@ -209,6 +211,11 @@ class _Cut:
         return copies.graph
 
 
+def _own_copy(value: Any) -> Any:
+    """A boundary's value that may be written into: a tensor, or what modules kept whole hand to each other."""
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 class _Copies(dict[Node, Node]):
     """Nodes of one graph -> their copies in a new one, made when first asked for.
 
@@ -222,13 +229,13 @@ class _Copies(dict[Node, Node]):
             self[node] = self.graph.placeholder(node.name)
             self[node].meta.update(node.meta)
         for node in written:
-            clone = self.graph.call_function(torch.clone, (self[node],))
+            clone = self.graph.call_function(_own_copy, (self[node],))
             clone.meta.update(node.meta)
             self[node] = clone
 
     def __missing__(self, node: Node) -> Node:
-        self[node] = copy = self.graph.node_copy(node, self.__getitem__)
-        return copy
+        self[node] = copied = self.graph.node_copy(node, self.__getitem__)
+        return copied
 
 
 class _Behind(_Copies):
@@ -244,5 +251,5 @@ class _Behind(_Copies):
         crossed = self._boundary.crossed_as(node) or self._boundary.same_tensor(node)
         if node not in self._boundary.inside or crossed is node:
             return super().__missing__(node)
-        self[node] = copy = self[crossed]
-        return copy
+        self[node] = copied = self[crossed]
+        return copied

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from fxfreeze.attributes import Read, changed
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
+from fxfreeze.layouts import order_of
 from fxfreeze.passes import PASSES
 from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
 from fxfreeze.split import Split, split
@@ -72,7 +73,7 @@ def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
         spec,
         _sharing([leaf for leaf in leaves if isinstance(leaf, Tensor)]),
         tuple(
-            (leaf.dtype, leaf.device, leaf.dim(), leaf.dim() == 4 and not leaf.is_contiguous())
+            (leaf.dtype, leaf.device, leaf.dim(), leaf.layout, order_of(leaf))
             if isinstance(leaf, Tensor)
             else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
             for leaf in leaves
@@ -142,7 +143,7 @@ class Surgery:
             # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
             make = torch.compiler.disable(self._make) if "torch._dynamo" in sys.modules else self._make  # type: ignore[no-untyped-call]
             plan: Plan = make(key, args, kwargs)
-            self._count(f"self.{stale.name} of a {stale.owner} has changed" if stale else None)
+            self._count(f"self.{stale.name} of a {stale.owner.__qualname__} has changed" if stale else None)
             return plan
         finally:
             self.seconds += time.perf_counter() - began
@@ -150,6 +151,8 @@ class Surgery:
 
     def refuse(self, key: Any, refusal: TraceRefusal) -> None:
         """Take note that such calls are the original's: one of them ran there."""
+        if len(self._refused) >= _MOST_PLANS:
+            self._refused.clear()
         self._refused[key] = refusal.with_traceback(None)
         self._warn(f"this call runs the original, frozen units included: {refusal}")
 
@@ -163,8 +166,7 @@ class Surgery:
         traced = trace(self.net, inputs, tensors)
         _refuse_shared_writes(self.net, traced, tensors)
         cut = split(self.net, traced, self.ownership, self.depth)
-        self._warn_of_leaves(cut.prefix, traced.leaves)
-        segment = self._segment(cut, tensors)
+        segment = self._segment(cut, self._tell_of_leaves(cut.prefix, traced.leaves), tensors)
         self.prefix = Prefix(self.depth, (segment,))
         if traced.shape_bound:
             self._bound.add(key)
@@ -193,12 +195,12 @@ class Surgery:
                 f"that forward looks at: make what changes from call to call a tensor, as an input or a buffer"
             )
 
-    def _segment(self, cut: Split, tensors: list[Tensor]) -> Segment:
+    def _segment(self, cut: Split, whole: list[str], tensors: list[Tensor]) -> Segment:
         """The built prefix, shared by all traces that have the same one (training and eval, say)."""
         device = next((t.device.type for t in tensors), "cpu")
         computation = Computation.current(device, self.precision)
         callers = Computation.current(device, None).autocast  # decides the dtypes that the suffix expects
-        given = [(t.dtype, t.device, t.dim(), t.stride()[-1:]) for t in tensors]
+        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in tensors]
         signature = (f"{_signature(cut.prefix)} {callers} {given}", computation)
         built = self._segments.setdefault(signature, [])
         segment = next((s for s in built if _same_constants(s.plain, cut.prefix)), None)
@@ -213,7 +215,7 @@ class Surgery:
             segment = build(
                 (0, self.depth), cut.prefix, tensors, computation, PASSES, earlier is None or earlier.rewritten
             )
-            segment.notes = cut.kept_live
+            segment.notes = (*(f"kept live: {why}" for why in cut.kept_live), *whole)
             if segment.reason is not None and segment.reason != DECIDED:
                 self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
             decision = Decision(0, self.depth, graph, dtype, segment.backend, segment.rewritten is not None)
@@ -221,10 +223,12 @@ class Surgery:
             built.append(segment)
         return segment
 
-    def _warn_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> None:
+    def _tell_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> list[str]:
+        """Warn of frozen modules that run as they are, and return a line for each."""
         called = {str(node.target).removeprefix("root.") for node in prefix.graph.nodes if node.op == "call_module"}
         for name in sorted(called & leaves.keys()):
             self._warn(f"frozen module {name!r} runs as it is, not rewritten: {leaves[name]}")
+        return [f"kept whole: {name}: {leaves[name]}" for name in sorted(called & leaves.keys())]
 
     def _warn(self, message: str) -> None:
         """Tell the user something, once in a model's life."""

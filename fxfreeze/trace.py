@@ -6,6 +6,7 @@ in-place operators and item assignment are recorded, and so is ``torch.no_grad()
 nothing is written onto the user's modules, and neither random state nor module state is left changed.
 """
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import Proxy
@@ -23,7 +25,7 @@ from fxfreeze.attributes import AttributeReads, Read
 from fxfreeze.constants import Constants, Recorded
 from fxfreeze.effects import Alias, effects
 from fxfreeze.inputs import Inputs, TraceRefusal
-from fxfreeze.kept import ModuleState
+from fxfreeze.kept import ModuleState, holders
 from fxfreeze.proxies import TracedProxy, is_scalar, taken_for_tensors
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.regions import Region, without_grad
@@ -61,7 +63,7 @@ def trace(net: nn.Module, inputs: Inputs, examples: list[Tensor] | None = None) 
     examples: one tensor per name in ``inputs.names``; without them, control flow that looks at shapes can't be followed.
     Raises TraceRefusal when the network's own forward (not a submodule's) can't be traced.
     """
-    with _lock, random_state_kept() as before:
+    with _lock, random_state_kept(net.modules()) as before:
         traced = _Tracer(net, inputs, examples).run()
         if not before.unchanged():  # rare, so the check of every module waits until here
             before.restore()
@@ -87,7 +89,9 @@ class _Tracer(torch.fx.Tracer):
         self.constants = Constants(self)
         self.attributes = AttributeReads(net, self.evaluating)
         self.leaves: dict[str, str] = {}
+        self.sharing: dict[str, str] = {}  # modules that hold what another one assigns
         self.members = set(net.modules())
+        self.thread = threading.get_ident()
         self.names: dict[int, str] = {}
         for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
             self.names.setdefault(id(tensor), name)
@@ -140,13 +144,13 @@ class _Tracer(torch.fx.Tracer):
         where = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
         remedy = "" if self.shapes is not None else ". Passing example_inputs lets control flow look at shapes"
         return TraceRefusal(
-            f"{type(self.net).__qualname__}.forward can't be traced{where}: {error}{remedy}. What can't be traced may stand "
-            f"in a submodule, which is then kept whole"
+            f"{type(self.net).__qualname__}.forward can't be traced{where}: {_said(error)}{remedy}. What can't be traced may "
+            f"stand in a submodule, which is then kept whole"
         )
 
     def evaluating(self) -> bool:
-        """Whether modules run for their shapes, inside the trace but not part of it."""
-        return self.shapes is not None and self.shapes.running
+        """Whether modules run that are no part of the trace: for their shapes, or in another thread."""
+        return threading.get_ident() != self.thread or (self.shapes is not None and self.shapes.running)
 
     # ---- modules
 
@@ -161,7 +165,9 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         if self.evaluating():
             return forward(*args, **kwargs)
-        if type(m) is nn.Sequential and m not in self.members:  # a slice of one, made by forward
+        if m not in self.members and self._holds_nothing_unknown(
+            m
+        ):  # a loss, or a slice of a container, made by forward
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         outer, self.path = self.path, (*self.path, name)
@@ -172,22 +178,30 @@ class _Tracer(torch.fx.Tracer):
         finally:
             self.path = outer
 
+    def _holds_nothing_unknown(self, m: nn.Module) -> bool:
+        return all(id(tensor) in self.names for tensor in (*m.parameters(), *m.buffers()))
+
     def _trace_into(
         self, m: nn.Module, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The module's own operators, or, where tracing it fails, one call of the whole module."""
         mark = next(reversed(self.graph.nodes), None)
         reads, constants, state = dict(self.reads), self.constants.copy(), ModuleState([("", m)])
-        attributes = dict(self.attributes.found)
-        chance = RandomState() if self.watch_random else None
+        attributes, bound = dict(self.attributes.found), self.shape_bound
+        chance = RandomState(m.modules()) if self.watch_random else None
         reason = None
         result = None
         try:
             result = forward(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the user's forward raises makes it a leaf
-            reason = f"tracing it failed: {error}"
+            reason = f"tracing it failed: {_said(error)}"
         if changed := state.restore():
             reason = reason or f"its forward assigns self.{changed}"
+            for holder in (holder for value in state.touched for holder in self._holders.get(id(value), ())):
+                self.sharing.setdefault(holder, f"{name} assigns self.{changed}")
+        for holder, what in self.sharing.items():  # it may read there what only running this module puts there
+            if not f"{holder}.".startswith(f"{name}."):
+                raise TraceRefusal(f"{what}, which {holder or 'the network itself'} holds too")
         if chance is not None and not chance.unchanged():
             chance.restore()
             reason = reason or "its forward draws random numbers that Python sees"
@@ -201,10 +215,15 @@ class _Tracer(torch.fx.Tracer):
             self.graph.erase_node(node)
             if self.shapes is not None:
                 self.shapes.forget(node)
-        self.reads, self.constants, self.attributes.found = reads, constants, attributes
+        self.reads, self.constants, self.attributes.found, self.shape_bound = reads, constants, attributes, bound
         self.leaves = {leaf: why for leaf, why in self.leaves.items() if not leaf.startswith(f"{name}.")}
         self.leaves[name] = reason
+        self.sharing.clear()
         return self.create_proxy("call_module", name, args, kwargs)
+
+    @functools.cached_property
+    def _holders(self) -> dict[int, list[str]]:
+        return holders(self.net.named_modules())
 
     def path_of_module(self, mod: nn.Module) -> str:
         try:
@@ -301,6 +320,12 @@ class _Tracer(torch.fx.Tracer):
         self.shape_bound = True
         with torch._C.DisableTorchFunction():  # nothing there is for the graph
             return self.shapes.evaluate(node)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"Python looks at a value that depends on the data ({error})"
+    return str(error)
 
 
 def _leaf_reason(m: nn.Module) -> str | None:

@@ -127,6 +127,8 @@ def caution(trials: Sequence[Trial]) -> str:
         return (
             f"One seed: gaps up to {points} are the test set's noise, and luck between seeds is unknown; try --seeds 5."
         )
+    if len(whole) < 3:
+        return f"{len(whole)} seeds can't tell luck from gain (gaps up to {points} could be either); try --seeds 5."
     return f"{len(whole)} seeds: mean gaps up to {points} are within the seeds' spread and the test set's noise."
 
 

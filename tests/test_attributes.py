@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,19 @@ class Scheduled(nn.Module):
         super().__init__()
         self.conv = conv(channels)
         self.temperature, self.on, self.weights, self.name = 1.0, True, [1.0, 2.0], "relu"
+        self.act, self.nested, self.kinds, self.config = (
+            F.relu,
+            {"a": [1.0, (2.0,)]},
+            {"add"},
+            SimpleNamespace(gain=2.0),
+        )
+        self.register_buffer("mask", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x) / self.temperature * self.weights[1] * self.rate
+        x = self.act(x) * getattr(self, "scale", 1.5) * self.nested["a"][0] * self.config.gain
+        x = x + 1 if "add" in self.kinds else x
+        x = x if self.mask is None else x * self.mask
         return getattr(F, self.name)(x) if self.on else x
 
 
@@ -35,6 +46,13 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "hides its class's": lambda m: setattr(m, "rate", -2.0),
     "new list": lambda m: setattr(m, "weights", [0.0, 0.5]),
     "tensor": lambda m: setattr(m, "temperature", torch.full((6,), 3.0, dtype=torch.float64)),
+    "function": lambda m: setattr(m, "act", F.silu),
+    "one that was absent": lambda m: setattr(m, "scale", -0.5),
+    "nested": lambda m: m.nested["a"].__setitem__(0, -1.0),
+    "set": lambda m: m.kinds.clear(),
+    "an object's": lambda m: setattr(m.config, "gain", -1.0),
+    "another object": lambda m: setattr(m, "config", SimpleNamespace(gain=3.0)),
+    "a buffer at last": lambda m: setattr(m, "mask", torch.full((6,), 0.5, dtype=torch.float64)),
     "list of tensors": lambda m: setattr(m, "weights", [1.0, torch.full((6,), 3.0, dtype=torch.float64)]),
 }
 
@@ -56,6 +74,36 @@ def test_an_attribute_that_changes_is_obeyed(change: str, where: str) -> None:
     made = model.prefix.build_seconds
     compare(model, reference, (image(),), 2, "again")
     assert model.prefix.build_seconds == made  # one trace, not one at each call
+
+
+def test_a_class_s_attribute_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = settle(Net(lambda self, x: self.head(self.b(self.m(self.a(x)))), m=Scheduled(C)))
+    model = freezable(net)
+    model.freeze(2)
+    model.eval()
+    before = model(image())
+    monkeypatch.setattr(Scheduled, "rate", -1.0)
+    torch.testing.assert_close(model(image()), net(image()))
+    assert not torch.equal(before, model(image()))
+
+
+def test_modules_put_in_place_of_others_are_obeyed() -> None:
+    net = settle(Net(lambda self, x: self.head(self.c(self.b(self.a(x))))))
+    model = freezable(net)
+    model.freeze(1)
+    model.eval()
+    model(image())
+    for change in (
+        lambda: net.c.__setitem__(1, nn.Tanh()),
+        lambda: net.c.append(nn.Sigmoid()),
+        lambda: net.b.insert(1, nn.Softplus()),
+        lambda: net.a.__setitem__(1, nn.Softsign()),
+        lambda: net.c.__delitem__(2),
+    ):
+        before = model(image())
+        change()
+        assert not torch.equal(before, model(image()))
+        torch.testing.assert_close(model(image()), net(image()))
 
 
 @pytest.mark.parametrize("looks_at_shapes", [False, True])

@@ -19,7 +19,9 @@ def test_a_checkpoint_outlives_a_failed_save(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"hello world\n", b"\x89PNG\r\n", b"plain step 1\n" * 9, None]
+)
 def test_what_is_not_a_checkpoint_is_refused(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     if content is None:
@@ -30,9 +32,15 @@ def test_what_is_not_a_checkpoint_is_refused(content: bytes | None, tmp_path: Pa
         checkpoint.load(path)
 
 
+def test_a_file_that_only_begins_like_one_is_refused(tmp_path: Path) -> None:
+    torch.save({"fxfreeze": checkpoint.FORMAT}, tmp_path / "file.pt")
+    with pytest.raises(ChoiceError, match=r"file\.pt is not a checkpoint"):
+        checkpoint.load(tmp_path / "file.pt")
+
+
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path: Path) -> None:
     torch.save({"fxfreeze": 1, "about": {}, "run": Tiny()}, tmp_path / "code.pt")
-    with pytest.raises(ChoiceError, match="can't be read as a checkpoint"):
+    with pytest.raises(ChoiceError, match="is not a whole checkpoint of"):
         checkpoint.load(tmp_path / "code.pt")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,8 +208,7 @@ def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("still here")
 
     monkeypatch.setattr(Run, "_step", press_twice)
-    with pytest.raises(KeyboardInterrupt):
-        main(["compare", *TINY, *QUIET, "--out", "here"])
+    assert main(["compare", *TINY, *QUIET, "--out", "here"]) == 130
     assert not Path("here").exists()
 
 
@@ -298,6 +298,30 @@ def test_a_run_goes_on_as_what_it_was(option: list[str], message: str, capsys: p
     assert main(["train", *QUIET, "--resume", "run.pt", "--lr", "0.1"]) == 0
 
 
+# ---- what can't be traced, and an early Ctrl-C
+
+
+@pytest.mark.parametrize("verb", ["compare", "train", "plan"])
+def test_a_network_that_can_t_be_traced_gets_one_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, *TINY[2:], "--model", "tiny:Branchy"]) == 2
+    line = one_line(capsys)
+    assert line.startswith(f"fxfreeze {verb}: error: the network can't be frozen: Branchy.forward can't be traced at ")
+    assert "Python looks at a value that depends on the data" in line
+    assert files() == []
+
+
+@pytest.mark.parametrize("verb", ["compare", "train", "plan"])
+def test_ctrl_c_before_anything_ran(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fxfreeze.cli.prepare", press)
+    assert main([verb, *TINY]) == 130
+    assert one_line(capsys) == f"fxfreeze {verb}: stopped\n"
+
+
 # ---- plan
 
 
@@ -306,5 +330,9 @@ def test_plan_prints_a_table_and_draws_a_picture(capsys: pytest.CaptureFixture[s
     out, _ = capsys.readouterr()
     assert all(unit in out for unit in ("stem.0", "block1.0", "block2.0", "block3.0", "fc"))
     assert "Picture: here/plan.svg" in out
+    said = " ".join(out.split())
+    assert "of the FLOPs of 40 steps of plain training" in said
+    share = float(re.search(r"predicted saving: ([0-9.]+)%", said)[1]) / 100  # type: ignore[index]
+    assert f"costs {2 * (1 - share):.2f}x of the 20 steps of plain training" in said
     assert Path("here/plan.svg").read_text().rstrip().endswith("</svg>")
     assert files() == ["here/plan.svg"]

@@ -140,6 +140,13 @@ def test_one_unit_never_freezes() -> None:
         model.freeze(1)
 
 
+def test_a_tie_that_leaves_one_unit_is_named() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    with pytest.warns(UserWarning, match=r"nothing will be frozen \(0\.weight and 2\.weight are one parameter"):
+        fxfreeze.compile(net, FreezeOut(10))
+
+
 def test_units_by_hand() -> None:
     net = network()
     model = fxfreeze.compile(net, Milestones({"blocks": 0}), units=["stem", ("blocks.0", "blocks.1"), "head"])

@@ -265,6 +265,16 @@ def test_old_segments_are_let_go() -> None:
     assert len(dead) > 10
 
 
+def test_printed_where_there_is_nothing_to_rewrite() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[0].register_forward_hook(lambda *_: None)
+    model = fxfreeze.compile(net, Milestones({"0": 0}))
+    with pytest.warns(UserWarning, match="frozen module '0' runs as it is, not rewritten: it has hooks"):
+        model(torch.ones(2, 3))
+    assert "\n  no pass found anything to rewrite" in str(model.prefix)
+    assert "\n  kept whole: 0: it has hooks" in str(model.prefix)
+
+
 def test_printed() -> None:
     """At each stage: nothing frozen, to be built, built, with what was done and how exact it is."""
     model = fxfreeze.compile(network(), Milestones({"blocks.1": 5}))
@@ -275,7 +285,7 @@ def test_printed() -> None:
     text = str(model.prefix)
     assert repr(model.prefix) == text
     assert text.startswith("prefix: 3 frozen units, ")
-    figures = r"segment 0-3: backend plain, [67] operators \(of 9 traced\), the model's dtype, rewritten, "
+    figures = r"segment 0-3: backend plain, [67] operators \(9 traced\), the model's dtype, rewritten, "
     assert re.search(figures + r"error \d\.\de-\d\d \(bound 1e-04\), built in \d+ ms", text)
     assert "fold_batchnorm: 3 folded (stem.1, blocks.0.1, blocks.1.1)" in text
     assert model.prefix.build_seconds > 0

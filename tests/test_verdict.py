@@ -60,6 +60,11 @@ def test_seeds_are_judged_by_their_spread() -> None:
     )
 
 
+def test_two_seeds_are_too_few() -> None:
+    trials = [make_trial(0, ours=900, short=890), make_trial(1, ours=880, short=890)]
+    assert caution(trials).startswith("2 seeds can't tell luck from gain")
+
+
 def test_seeds_of_equal_gap_are_still_judged_by_the_test_set() -> None:
     """Two seeds with a gap of one sample each: no spread at all, and no evidence either."""
     assert "tied" in verdict([make_trial(seed, ours=901, short=900) for seed in range(2)])

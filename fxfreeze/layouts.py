@@ -1,0 +1,64 @@
+"""How tensors lie in memory: random numbers are drawn, and rows flattened, in that order.
+
+A rewritten prefix may compute in another layout than the original, and hands its outputs over in the original's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layouts", "order_of"]
+
+_Format = tuple[torch.dtype, tuple[int, ...] | None]
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """Dimensions from the largest stride to the smallest; None where that is 0, 1, 2, ... or where there are no strides."""
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda d: (-strides[d], d)))
+    return None if order == tuple(range(tensor.dim())) else order
+
+
+class Layouts:
+    """The dtypes and layouts in which the original hands over a boundary.
+
+    original: makes the boundary from a segment's inputs. It is asked again where other dimensions have size 1 than
+    before, for a layout says nothing about these.
+    """
+
+    def __init__(self, original: Callable[[Sequence[Any]], Sequence[Any]]):
+        self._original = original
+        self._known: dict[tuple[Any, ...], tuple[_Format | None, ...]] = {}
+
+    def learn(self, outputs: Sequence[Any]) -> None:
+        """Take note of what the original made."""
+        self._known[_ones(outputs)] = tuple((v.dtype, order_of(v)) if isinstance(v, Tensor) else None for v in outputs)
+
+    def imposed(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """``outputs``, made from ``inputs``, as the original would hand them over."""
+        ones = _ones(outputs)
+        if ones not in self._known:
+            self.learn(self._original(inputs))
+        formats = self._known.get(ones)  # none where the original's shapes differ: then nothing is comparable
+        return tuple(outputs) if formats is None else tuple(map(_as, outputs, formats))
+
+
+def _ones(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([tuple([size == 1 for size in v.shape]) if isinstance(v, Tensor) else None for v in values])
+
+
+def _as(value: Any, wanted: _Format | None) -> Any:
+    if wanted is None or not isinstance(value, Tensor):
+        return value
+    dtype, order = wanted
+    value = value if value.dtype == dtype else value.to(dtype)
+    if value.layout != torch.strided:
+        return value
+    if order is None:
+        return value.contiguous()
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return value.permute(order).contiguous().permute(inverse)

@@ -1,0 +1,144 @@
+"""What happens around a frozen model: threads, functional calls, wrappers, and modules and values that it passes on."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from parity import compare, freezable, freeze_by_hand, settle
+from split_cases import D, Net, conv, image
+from torch import Tensor, nn
+
+
+def chain() -> Net:
+    return settle(Net(lambda self, x: self.head(self.c(self.b(self.a(x))))))  # type: ignore[return-value]
+
+
+# ---- threads
+
+
+def test_modules_run_in_other_threads_while_one_is_traced() -> None:
+    """A prefetching thread that applies transforms, and readers of the same weights."""
+    net = nn.Sequential(*(conv(3, 3) for _ in range(12)), nn.Flatten(), nn.Linear(108, 2, dtype=D))
+    transform = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=D), nn.BatchNorm2d(3, dtype=D)).eval()
+    model = freezable(settle(net))
+    x = image()
+    expected, own = transform(x), net[0](x).shape
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def others() -> None:
+        try:
+            while not done.is_set():
+                assert torch.equal(transform(x), expected)
+                assert copy.deepcopy(net[0]).eval()(x).shape == own
+        except BaseException as error:  # noqa: BLE001 - for the thread that waits
+            errors.append(error)
+
+    threads = [threading.Thread(target=others) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for depth in range(1, 12):
+        model.freeze(depth)
+        model(x)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# ---- functional calls and wrappers
+
+
+def test_a_functional_call_leaves_the_caller_s_tensors_alone() -> None:
+    model = freezable(chain())
+    model.freeze(2)
+    tensors = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    value = torch.func.functional_call(model, tensors, (image(),))
+    assert all(t.requires_grad for t in tensors.values())
+    value.sum().backward()
+    assert [t.grad is None for t in tensors.values()] == [not p.requires_grad for p in model.parameters()]
+
+
+def test_functional_gradients() -> None:
+    model = freezable(chain()).eval()
+    model.freeze(2)
+    model.eval()
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.grad(lambda t: torch.func.functional_call(model, t, (image(),)).sum())(tensors)
+    model(image()).sum().backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradients[name], expected)
+
+
+def test_data_parallel_is_refused() -> None:
+    model = freezable(chain())
+    model.freeze(1)
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model._replicate_for_data_parallel()
+
+
+# ---- modules and values of the forward's own making
+
+
+def test_a_loss_made_by_forward_is_traced_through() -> None:
+    class Labelled(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            logits = self.head(self.c(self.b(self.a(x))))
+            return nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels), logits
+
+    net = settle(Labelled(None))  # type: ignore[arg-type]
+    model, reference = freezable(copy.deepcopy(net)), copy.deepcopy(net)
+    model.freeze(2)
+    freeze_by_hand(reference, model.units[:2])
+    compare(model, reference, (image(), torch.tensor([0, 2, 1])), 0, "with labels")
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+class Giver(nn.Module):
+    """Kept whole, and gives a tuple, list or dict."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.conv, self.kind = conv(), kind
+
+    def forward(self, x: Tensor) -> Any:
+        y = Doubled.apply(self.conv(x))
+        return {"y": y, "x": x} if self.kind is dict else self.kind([y, x])
+
+
+class Taker(nn.Module):
+    """Kept whole, and writes into what it is given."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.conv, self.kind = conv(), kind
+
+    def forward(self, values: Any) -> Tensor:
+        y, x = (values["y"], values["x"]) if self.kind is dict else values
+        with torch.no_grad():
+            y = y.mul_(0.5)
+        return Doubled.apply(self.conv(y + x))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+@pytest.mark.filterwarnings("ignore:frozen module .* runs as it is")
+def test_collections_that_cross_between_modules_kept_whole(kind: type) -> None:
+    net = settle(Net(lambda self, x: self.head(self.t(self.g(self.a(x)))), g=Giver(kind), t=Taker(kind)))
+    model, reference = freezable(copy.deepcopy(net)), copy.deepcopy(net)
+    model.freeze(2)
+    assert [unit.name for unit in model.units[:3]] == ["a.0", "g", "t"]
+    freeze_by_hand(reference, model.units[:2])
+    for number in range(2):
+        compare(model, reference, (image(),), number, kind.__name__)
