@@ -315,7 +315,7 @@ def test_ctrl_c_before_anything_ran(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def press(*_: object, **__: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("fxfreeze.cli.prepare", press)
     assert main([verb, *TINY]) == 130

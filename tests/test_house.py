@@ -46,7 +46,8 @@ def _imported(tree: ast.AST, package: str, *, deferred: bool) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names if names <= MODULES.keys() else {module, *names}  # submodules, by way of their package
         elif deferred or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             stack += [n for n in ast.iter_child_nodes(node) if not (isinstance(n, ast.stmt) and _type_checking(n))]
     return found
