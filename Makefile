@@ -34,13 +34,13 @@ $(VENV)/.cli: pyproject.toml constraints.txt
 
 # torchvision and timm without dependencies: torchvision's wheel asks for a torch of its own.
 $(VENV)/.test: $(VENV)/.cli
-	$(PIP) --editable '.[cli,test]'
+	$(PIP) --editable '.[cli,cache,test]'
 	$(PIP) --no-deps torchvision timm
-	$(PIP) huggingface_hub safetensors PyYAML triton
+	$(PIP) huggingface_hub PyYAML triton
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[cli,test,lint]'
+	$(PIP) --editable '.[cli,cache,test,lint]'
 	touch $@
 
 clean:
