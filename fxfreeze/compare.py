@@ -108,13 +108,14 @@ def compare(
     if pace is not None:
         trial.disturbed = pace.disturbed / rounds
         if short and not stop():
-            run = _run(net, plain_short(max(1, round(seconds["fxfreeze"] / pace.usual))), arena)
+            step = seconds["plain"] / runs["plain"].step
+            run = _run(net, plain_short(max(1, round(seconds["fxfreeze"] / step))), arena)
             later = alternate(run, _run(net, plain(run.recipe.steps), arena), arena, pace.usual, watch, stop)
             runs["plain-short"], seconds["plain-short"] = run, _seconds(run, later)
             trial.finished = all(run.done for run in runs.values())
             if run.step and later is not None:
                 trial.drift = statistics.median(later.by_round)
-                trial.identical = seconds["plain-short"] / run.step / (seconds["plain"] / runs["plain"].step)
+                trial.identical = seconds["plain-short"] / run.step / step
                 trial.disturbed = (pace.disturbed + later.disturbed) / (rounds + later.rounds)
     runs = {name: run for name, run in runs.items() if run.step}
     depths = {depth for run in runs.values() for depth in run.record.depths}

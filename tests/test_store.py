@@ -20,6 +20,7 @@ from store_samples import (
     write,
     writer,
 )
+from xxhash import xxh3_64_intdigest
 
 from fxfreeze.cache import (
     Blob,
@@ -89,12 +90,14 @@ def test_shards_are_standard_safetensors(tmp_path: Path) -> None:
 
 
 def test_wide_rows_start_at_a_page(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path, identity={}, length=1000, columns=[Column("x", torch.uint8, (4096,))]) as store:
-        store.append(range(512), {"x": torch.arange(512, dtype=torch.uint8)[:, None].expand(-1, 4096)})
+    columns = [Column("x", torch.uint8, (4096,))]
+    with StoreWriter(tmp_path, identity={}, length=700, columns=columns, shard_bytes=600 * 4112) as store:
+        store.append(range(700), {"x": torch.arange(700).remainder(256).to(torch.uint8)[:, None].expand(-1, 4096)})
     data = (tmp_path / "00000.safetensors").read_bytes()
-    assert data[-4096 * 511 - 1] == 0
-    assert data[-4096 * 511] == 1
     assert len(data) % 4096 == 0
+    start = len(data) - 4096 * 512
+    assert [data[start + at] for at in (0, 4095, 4096)] == [0, 0, 1]
+    assert int.from_bytes(data[start - 8 : start], "little") == xxh3_64_intdigest(data[-4096:], 511)
 
 
 def test_read_into_the_caller_s_tensors(tmp_path: Path) -> None:

@@ -30,12 +30,14 @@ def read_all(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- stale
 
 
-@pytest.mark.parametrize("name", [*IDENTITY, "added", "removed"])
+@pytest.mark.parametrize("name", [*IDENTITY, "added", "depth removed", "views removed", "depth as text"])
 def test_each_field_of_the_identity_alone(folder: Path, name: str) -> None:
     identity: dict[str, Any] = dict(IDENTITY)
-    if name == "removed":
-        name = "depth"
+    name, _, how = name.partition(" ")
+    if how == "removed":
         del identity[name]
+    elif how:
+        identity[name] = str(identity[name])
     else:
         identity[name] = {"weights": "9f3b", "depth": 4, "scale": 0.1 + 2**-56, "eval": 1, "views": 0}.get(name, "new")
     before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
@@ -171,6 +173,19 @@ def test_each_byte_of_a_header_and_the_manifest(folder: Path) -> None:
                 open_store(folder)
         path.write_bytes(data)
     read_all(folder)
+
+
+@pytest.mark.parametrize("name", ["index", "xxh3", "rest.ends"])
+def test_each_byte_beside_the_rows_is_checked_at_opening(folder: Path, name: str) -> None:
+    shard = folder / "00000.safetensors"
+    data = shard.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for at in range(*json.loads(data[8:start])[name]["data_offsets"]):
+        flipped = bytearray(data)
+        flipped[start + at] ^= 1 << at % 8
+        shard.write_bytes(flipped)
+        with pytest.raises(CorruptCache, match=r"does not match its checksum"):
+            open_store(folder, verify="never")
 
 
 def test_flips_in_the_lock_are_harmless(folder: Path) -> None:

@@ -156,8 +156,9 @@ def _layout(data: memoryview, columns: Columns, rows: int) -> dict[str, slice]:
         ):
             raise ValueError(f"tensor {name} is {header[name]}")
         spans[name] = slice(body + start, body + end)
-    if sum(span.stop - span.start for span in spans.values()) != len(data):
-        raise ValueError("bytes that belong to no tensor")
+    ordered = sorted((span.start, span.stop) for span in spans.values())
+    if [start for start, _ in ordered] != [0, *(stop for _, stop in ordered[:-1])] or ordered[-1][1] != len(data):
+        raise ValueError("tensors that overlap, or bytes that belong to none")
     return spans
 
 
