@@ -12,10 +12,10 @@ from torch import Tensor
 
 __all__ = ["Region", "sparse_zeros", "tensor_bytes"]
 
+_ADDRESSES = 2**46  # bytes, half of what a process has
+_HUGE_PAGE = 2**21
 # Linux's MAP_FIXED and MAP_NORESERVE, which Python 3.11 does not name.
 _FIXED = 0x10
-_ADDRESSES = 2**46
-_HUGE_PAGE = 2**21
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -63,7 +63,7 @@ class Region:
         if not self.fits([size]):
             raise OSError(errno.ENOMEM, "the region is full")
         # At a huge page's start, where the system can map a file by huge pages: to gather rows of 32 KiB then takes
-        # a third less time. Python's own mmap would keep a descriptor per mapping, and a store may have more shards than that.
+        # a third less time. Python's own mmap would keep a descriptor for each, and there may be more shards than those.
         _map(self._base + start, size, mmap.PROT_READ, mmap.MAP_SHARED | _FIXED, descriptor)
         self._next += _rounded(size)
         return start
