@@ -40,7 +40,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ChoiceError(f"{path} can't be read: {one_line(error)}") from error
-    except Exception as error:
+    except Exception as error:  # on bytes that are none of its own, the unpickler raises anything
         raise ChoiceError(f"{path} is not a whole checkpoint of `fxfreeze train`") from error
     if not isinstance(content, dict) or content.get("fxfreeze") != FORMAT or not {"run", "about"} <= content.keys():
         raise ChoiceError(f"{path} is not a checkpoint of `fxfreeze train` in format {FORMAT}")

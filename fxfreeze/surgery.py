@@ -226,9 +226,10 @@ class Surgery:
     def _tell_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> list[str]:
         """Warn of frozen modules that run as they are, and return a line for each."""
         called = {str(node.target).removeprefix("root.") for node in prefix.graph.nodes if node.op == "call_module"}
-        for name in sorted(called & leaves.keys()):
+        whole = sorted(called & leaves.keys())
+        for name in whole:
             self._warn(f"frozen module {name!r} runs as it is, not rewritten: {leaves[name]}")
-        return [f"kept whole: {name}: {leaves[name]}" for name in sorted(called & leaves.keys())]
+        return [f"kept whole: {name}: {leaves[name]}" for name in whole]
 
     def _warn(self, message: str) -> None:
         """Tell the user something, once in a model's life."""

@@ -165,9 +165,7 @@ class _Tracer(torch.fx.Tracer):
     ) -> Any:
         if self.evaluating():
             return forward(*args, **kwargs)
-        if m not in self.members and self._holds_nothing_unknown(
-            m
-        ):  # a loss, or a slice of a container, made by forward
+        if self._is_made_by_forward(m):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         outer, self.path = self.path, (*self.path, name)
@@ -178,8 +176,9 @@ class _Tracer(torch.fx.Tracer):
         finally:
             self.path = outer
 
-    def _holds_nothing_unknown(self, m: nn.Module) -> bool:
-        return all(id(tensor) in self.names for tensor in (*m.parameters(), *m.buffers()))
+    def _is_made_by_forward(self, m: nn.Module) -> bool:
+        """A loss, say, or a slice of a container: no submodule, and with no tensor that isn't the network's."""
+        return m not in self.members and all(id(tensor) in self.names for tensor in (*m.parameters(), *m.buffers()))
 
     def _trace_into(
         self, m: nn.Module, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -45,12 +45,18 @@ class Bank(nn.Module):
         return self.conv(x) * self.count + self.calls + len(self.sums)
 
 
-def test_a_frozen_module_that_remembers_is_run_once_a_step() -> None:
+def frozen_bank() -> tuple[Any, Any, Any]:
+    """(network, its model frozen through the bank, the same frozen by hand)."""
     net = chain(m=Bank())
-    reference: Any = copy.deepcopy(net)
+    reference = copy.deepcopy(net)
     model = freezable(net)
     model.freeze(2)
     freeze_by_hand(reference, model.units[:2])
+    return net, model, reference
+
+
+def test_a_frozen_module_that_remembers_is_run_once_a_step() -> None:
+    net, model, reference = frozen_bank()
     for number, n in enumerate((8, 8, 6, 1, 8)):
         torch.testing.assert_close(model(image(n)), reference(image(n)))
         assert net.m.calls == reference.m.calls == number + 1
@@ -62,11 +68,7 @@ def test_a_frozen_module_that_remembers_is_run_once_a_step() -> None:
 
 
 def test_a_change_from_outside_is_still_seen() -> None:
-    net = chain(m=Bank())
-    reference: Any = copy.deepcopy(net)
-    model = freezable(net)
-    model.freeze(2)
-    freeze_by_hand(reference, model.units[:2])
+    net, model, reference = frozen_bank()
     for step in range(3):
         torch.testing.assert_close(model(image(8)), reference(image(8)))
         with torch.no_grad():
