@@ -1,4 +1,4 @@
-"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`."""
+"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`, `fxfreeze cache`."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from fxfreeze import checkpoint, commands, data, zoo
-from fxfreeze.imports import ChoiceError
+from fxfreeze.imports import ChoiceError, optional
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
 from fxfreeze.task import prepare
@@ -49,12 +49,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 2 for what can't be done, 130 after Ctrl-C."""
+    """Runs one command; the exit status: 0, 1 for a cache with something wrong, 2 for what can't be done, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = vars(_parser().parse_args(arguments))
-    verb = given.pop("verb")
+    verb = " ".join(given.pop(word) for word in ("verb", "action") if word in given)
     sys.path.insert(0, "")  # --model mynet:build finds the user's own file, as python -m would
     try:
+        if verb.startswith("cache "):
+            return _run_cache(verb, **given)
         return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
     except (ChoiceError, TraceRefusal) as error:
         what = "the network can't be frozen: " if isinstance(error, TraceRefusal) else ""
@@ -101,6 +103,18 @@ def _run(verb: str, given: dict[str, Any], command: str) -> int:
     )
 
 
+def _run_cache(verb: str, directory: Path, names: Sequence[str] = (), everything: bool = False) -> int:
+    for module in ("xxhash", "safetensors", "fxfreeze.cache"):
+        optional(module, "the cache needs it: pip install xxhash 'safetensors>=0.8'", ChoiceError)
+    from fxfreeze import caches  # not above: the other verbs need neither package
+
+    if verb == "cache ls":
+        return caches.run_list(directory)
+    if verb == "cache verify":
+        return caches.run_verify(directory, names)
+    return caches.run_remove(directory, names, everything)
+
+
 def _agree(given: dict[str, Any], about: dict[str, Any]) -> None:
     """A run goes on as what it was begun as."""
     for key, value in about.items():
@@ -116,7 +130,7 @@ def _parser() -> Parser:
         prog="fxfreeze", description="Progressive freezing by graph surgery for PyTorch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"fxfreeze {version('fxfreeze')}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="compare|train|plan", parser_class=Parser)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="compare|train|plan|cache", parser_class=Parser)
     compare = _verb(verbs, "compare", "train by several recipes, interleaved, and report which was worth its time")
     train = _verb(verbs, "train", "train once, with --save and --resume")
     plan = _verb(verbs, "plan", "what a schedule would save on a network, without training")
@@ -128,6 +142,7 @@ def _parser() -> Parser:
     _add_compare(compare)
     _add_train(train)
     plan.add_argument("--out", type=Path, metavar="DIR", help="where the picture goes (default: runs/DATE-TIME)")
+    _add_cache(_verb(verbs, "cache", "activations on disk: list them, check them, remove them"))
     return parser
 
 
@@ -202,6 +217,27 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, as what it was begun as")
 
 
+def _add_cache(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ls|verify|rm", parser_class=Parser)
+    ls = _verb(actions, "ls", "what a cache directory holds")
+    verify = _verb(actions, "verify", "read every byte of the stores; status 1 if anything is wrong")
+    rm = _verb(actions, "rm", "remove stores, but no other files; status 1 if one is being written, and stays")
+    for action in (ls, verify, rm):
+        action.add_argument(
+            "directory",
+            nargs="?",
+            type=_folder,
+            default=Path("cache"),
+            metavar="DIR",
+            help="a cache directory, or one store's folder (default: cache)",
+        )
+    for action in (verify, rm):
+        action.add_argument(
+            "names", nargs="*", metavar="NAME", help="a store, by its name or a beginning that no other has"
+        )
+    rm.add_argument("--all", dest="everything", action="store_true", help="every store of DIR")
+
+
 def _with_default(name: str, about: str) -> str:
     return f"{about} (default: {DEFAULTS[name]})".strip()
 
@@ -236,3 +272,9 @@ def _file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} can't be a file: name one in a folder that exists")
     return path
+
+
+def _folder(text: str) -> Path:
+    if not text:  # an unset variable of the shell, which Path would take for the current folder
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
+    return Path(text)

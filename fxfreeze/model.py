@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxfreeze.derived import Derived
-from fxfreeze.inputs import Inputs, TraceRefusal, flatten_inputs, required_inputs
+from fxfreeze.forward import Forward
+from fxfreeze.inputs import Inputs, flatten_inputs, required_inputs
 from fxfreeze.runtime import Prefix
 from fxfreeze.schedule import Schedule
-from fxfreeze.surgery import Decision, plan_key
+from fxfreeze.surgery import Decision
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership, Unit, find_units
 
@@ -152,7 +152,8 @@ class _ForwardDescriptor:
 class FreezableModel(nn.Module):
     """Stands in for a network, which it shares everything with, and freezes it from the input side.
 
-    original: the user's module, always valid; units: the ordered ``Unit``s; depth: how many are frozen; schedule.
+    original: the user's module, always valid; units: the ordered ``Unit``s; depth: how many are frozen; schedule; step:
+    that a FreezeScheduler has come to, None without one.
     Attributes that are not listed here are the original's.
     """
 
@@ -170,7 +171,9 @@ class FreezableModel(nn.Module):
             "_ownership",
             "_depth",
             "_required_grad",
+            "step",
             "_derived",
+            "_forward",
         ]
     )
 
@@ -186,8 +189,10 @@ class FreezableModel(nn.Module):
         self.precision = precision
         self._ownership = ownership
         self._depth = 0
+        self.step: int | None = None
         self._required_grad: dict[str, bool] = {}  # of frozen parameters, before they froze
         self._derived = Derived(net, ownership, precision)
+        self._forward = Forward(net)
         self.freeze(schedule.depth(0, self.units))
 
     # ---- freezing
@@ -253,45 +258,24 @@ class FreezableModel(nn.Module):
         self.refresh()
         self.freeze(depth)
 
-    def _decisions(self) -> list[dict[str, Any]]:
-        return [decision._asdict() for decision in self._derived.decisions.values()]
+    def _decisions(self) -> dict[str, Any]:
+        """What a resumed run must compute its prefix by."""
+        segments = [decision._asdict() for decision in self._derived.decisions.values()]
+        return {"batch_size": self._forward.batch_size, "segments": segments}
 
-    def _load_decisions(self, decisions: list[dict[str, Any]]) -> None:
-        loaded = [Decision(**decision) for decision in decisions]
+    def _load_decisions(self, decisions: dict[str, Any]) -> None:
+        self._forward.batch_size = decisions["batch_size"]
+        loaded = [Decision(**decision) for decision in decisions["segments"]]
         self._derived.decisions = {decision.key: decision for decision in loaded}
         self.refresh()
 
     # ---- running
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.depth:
-            return self.original.forward(*args, **kwargs)
-        self._derived.assert_frozen()
-        surgery = self._derived.current()
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError(
-                f"an input requires grad, but the first {self.depth} units are frozen and run without a tape: "
-                f"detach the input, or call model.original(...) for gradients with respect to it"
-            )
-        device = tensors[0].device.type if tensors else "cpu"
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (plan_key(leaves, spec), self._derived.modes(), autocast, torch.is_grad_enabled())
-        try:
-            plan = surgery.plan(key, leaves, args, kwargs)
-        except TraceRefusal as error:
-            refusal = error
-        else:
-            boundary = plan.prefix(*tensors)
-            if plan.prefix.whole:
-                self._derived.look_again()  # what modules kept whole wrote into their own buffers is nobody else's change
-            return pytree.tree_unflatten(plan.suffix(*boundary), plan.outputs)
-        outputs = self.original.forward(
-            *args, **kwargs
-        )  # says itself what is wrong with a call that it can't run either
-        surgery.refuse(key, refusal)
-        return outputs
+        if self.depth:
+            self._derived.assert_frozen()
+            self._derived.current()
+        return self._forward(self._derived, args, kwargs)
 
     # ---- standing in
 
@@ -352,11 +336,14 @@ class FreezableModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state["_derived"] = list(self._derived.decisions.values())  # the rest is made again
+        state["_forward"] = self._forward.batch_size
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        decisions = state.pop("_derived")
+        decisions, batch_size = state.pop("_derived"), state.pop("_forward")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._derived = Derived(self.original, self._ownership, self.precision)
         self._derived.decisions.update({decision.key: decision for decision in decisions})
+        self._forward = Forward(self.original)
+        self._forward.batch_size = batch_size
         self.refresh()

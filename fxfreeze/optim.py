@@ -15,7 +15,7 @@ from fxfreeze.groups import GroupCopy, GroupSwap
 if TYPE_CHECKING:
     from fxfreeze.model import FreezableModel
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 class FreezeScheduler:
@@ -88,6 +88,7 @@ class FreezeScheduler:
         self._swap.restore()
         self.model.schedule.load_state_dict(state["schedule"])
         self.last_step = state["last_step"]
+        self.model.step = self.last_step
         self.model._restore_depth(state["depth"])
         self._drop_frozen_state()
         self.model._load_decisions(state["decisions"])
@@ -123,6 +124,7 @@ class FreezeScheduler:
         depth = self.model.schedule.depth(self.last_step, self.model.units)
         if depth > self.model.depth:
             self.model.freeze(depth)
+        self.model.step = self.last_step
         self._drop_frozen_state()
 
     def _drop_frozen_state(self) -> None:

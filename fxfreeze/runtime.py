@@ -16,7 +16,7 @@ from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
 
-__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "build"]
+__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "bound_of", "build", "reference", "relative_error"]
 
 # The largest relative error, by norm, that a rewritten segment may show against the original.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -82,18 +82,23 @@ class Segment:
         self.whole = kept_whole(self.plain)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        """Boundary in, boundary out; records no tape; every output is a tensor of its own or one of the inputs."""
+        """Boundary in, boundary out, as the original hands it over; no tape; an output is a new tensor or an input."""
+        with torch.no_grad():
+            outputs = self.native(*inputs)
+            return outputs if self.rewritten is None else self.layouts.imposed(outputs, inputs)
+
+    def native(self, *inputs: Any) -> tuple[Any, ...]:
+        """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
             if self.rewritten is None:
                 return tuple(self.plain.forward(*inputs))
             with self.computation.context():
-                outputs = self.rewritten.forward(*inputs)
-            return self.layouts.imposed(outputs, inputs)
+                return tuple(self.rewritten.forward(*inputs))
 
     def _first_outputs(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """What the original makes of a few samples, on a copy of its graph."""
         with random_state_kept() as random:
-            return _reference(_copy(self.plain), inputs, random, self.whole)[1]
+            return reference(self.plain, inputs, random, self.whole)[1]
 
     def describe(self) -> str:
         """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
@@ -111,7 +116,7 @@ class Segment:
 
 @dataclass
 class Prefix:
-    """What runs for the frozen part: a chain of segments, each fed by the one before. Printing it says all about it.
+    """What runs for the frozen part: segments between depths. Printing it says all about it.
 
     build_seconds: time spent so far on traces, splits, passes and self-checks.
     """
@@ -119,11 +124,6 @@ class Prefix:
     depth: int
     segments: tuple[Segment, ...]
     build_seconds: float = 0.0
-
-    def __call__(self, *tensors: Any) -> tuple[Any, ...]:
-        for segment in self.segments:
-            tensors = segment(*tensors)
-        return tensors
 
     @property
     def whole(self) -> bool:
@@ -163,8 +163,8 @@ def build(
     segment = Segment(*span, plain, computation)
     with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
         graph = _copy(plain)
-        samples, reference = _reference(graph, inputs, random, segment.whole)
-        segment.layouts.learn(reference)
+        samples, expected = _reference(graph, inputs, random, segment.whole)
+        segment.layouts.learn(expected)
         if not rewrite:
             segment.reason = DECIDED
         else:
@@ -174,19 +174,27 @@ def build(
                         with rehearsed(segment.whole):
                             _Recorder(graph).run(*samples)
                     graph.meta["compute_dtype"] = computation.autocast
+                    graph.meta["laid_out"] = span[0] > 0  # what an earlier segment computed lies as it should
                     segment.outcomes = run_passes(graph, passes)
                     random.restore()
                     with rehearsed(segment.whole):
                         outputs = graph.forward(*samples)
-                if len(outputs) != len(reference):
-                    raise PassError(f"the passes left {len(outputs)} outputs of {len(reference)}")
-                _judge(segment, graph, segment.layouts.imposed(outputs, samples), reference)
+                if len(outputs) != len(expected):
+                    raise PassError(f"the passes left {len(outputs)} outputs of {len(expected)}")
+                _judge(segment, graph, segment.layouts.imposed(outputs, samples), expected)
             except PassError as error:
                 segment.reason = str(error)
             except Exception as error:  # noqa: BLE001 - the plain graph just ran, so training must go on with it
                 segment.reason = f"running it failed: {type(error).__name__}: {error}"
     segment.seconds = time.perf_counter() - began
     return segment
+
+
+def reference(
+    plain: GraphModule, inputs: Sequence[Any], random: RandomState, whole: list[nn.Module]
+) -> tuple[list[Any], tuple[Any, ...]]:
+    """A few samples of a batch, and what the original makes of them, on a copy of its graph."""
+    return _reference(_copy(plain), inputs, random, whole)
 
 
 def _reference(
@@ -241,7 +249,7 @@ def _judge(segment: Segment, graph: GraphModule, outputs: Sequence[Any], referen
     """Keep the rewritten graph if its outputs are the original's within the bound."""
     dtypes = [t.dtype for t in reference if isinstance(t, Tensor) and t.is_floating_point()]
     computed = segment.computation.autocast or max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
-    segment.bound = BOUNDS.get(computed, BOUNDS[torch.bfloat16])
+    segment.bound = bound_of(computed)
     if computed is torch.float32 and segment.computation.device == "cuda" and torch.backends.cudnn.allow_tf32:
         segment.bound = TF32_BOUND
     errors = [relative_error(a, b) for a, b in zip(outputs, reference, strict=True) if isinstance(b, Tensor)]
@@ -252,6 +260,11 @@ def _judge(segment: Segment, graph: GraphModule, outputs: Sequence[Any], referen
         segment.reason = f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
     else:
         segment.rewritten = graph
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """The largest relative error, by norm, of values that were computed in ``dtype``."""
+    return BOUNDS.get(dtype, BOUNDS[torch.bfloat16])
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

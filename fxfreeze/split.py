@@ -82,6 +82,8 @@ class _Cut:
         self.memory = Memory(self.graph, self.net.get_submodule)
         self.state = {self.memory.class_of(n) for n in self.graph.nodes if n.op == "get_attr"}
         self.owner = {node: self._owner(node) for node in self.graph.nodes}
+        for node, own in self.owner.items():
+            node.meta["unit"] = own  # passes keep apart what a cut may put apart
         excluded: set[Node] = set()
         while True:
             self.inside = self._inside(excluded)

@@ -3,11 +3,12 @@
 Everything here is derived from the network and may be dropped at any time.
 """
 
+import contextlib
 import hashlib
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxfreeze.attributes import Read, changed
+from fxfreeze.chain import Chain
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import order_of
 from fxfreeze.passes import PASSES
 from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
-from fxfreeze.split import Split, split
+from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership
 
@@ -34,15 +36,16 @@ _MANY_PLANS = 16  # made at one depth: worth telling the user
 
 
 class Plan(NamedTuple):
-    """What a forward runs: the prefix, the suffix on its outputs, and the structure of the original's output.
+    """What a forward runs: the way to the boundary, the suffix from there, and the structure of the original's output.
 
-    reads: attributes of the modules that must still have the values that the trace met.
+    reads: attributes of the modules that must still have the values that the trace met; bound: to the traced shapes.
     """
 
-    prefix: Prefix
+    chain: Chain
     suffix: Callable[..., Any]
     outputs: pytree.TreeSpec
     reads: list[Read]
+    bound: bool
 
 
 class Decision(NamedTuple):
@@ -120,6 +123,7 @@ class Surgery:
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
     _made: int = 0
+    _building: bool = False
     _plans: dict[Any, Plan] = field(default_factory=dict)
     _bound: set[Any] = field(default_factory=set)
     _segments: dict[tuple[str, Computation], list[Segment]] = field(default_factory=dict)
@@ -128,24 +132,39 @@ class Surgery:
     def __post_init__(self) -> None:
         self.prefix = Prefix(self.depth, (), self.seconds)
 
-    def plan(self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-        """The plan for a call; raises TraceRefusal when it can't be traced, so that the original must run."""
+    def plan(
+        self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, build: bool = True
+    ) -> Plan:
+        """The plan for a call; raises TraceRefusal when it can't be traced, so that the original must run.
+
+        build: the segment from the call's tensors too, so that what refuses it does so here.
+        """
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
         stale = changed(found.reads) if found is not None else None
         if found is not None and stale is None:
-            self._shows(found.prefix)
+            self._shows(found.chain.prefix)
             return found
         if key in self._refused:
             raise self._refused[key]
-        began = time.perf_counter()
-        try:
+        with self._clock():
             # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
             make = torch.compiler.disable(self._make) if "torch._dynamo" in sys.modules else self._make  # type: ignore[no-untyped-call]
-            plan: Plan = make(key, args, kwargs)
+            plan: Plan = make(key, args, kwargs, build)
             self._count(f"self.{stale.name} of a {stale.owner.__qualname__} has changed" if stale else None)
-            return plan
+        return plan
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Count the time within as building, once."""
+        if self._building:
+            yield
+            return
+        self._building, began = True, time.perf_counter()
+        try:
+            yield
         finally:
+            self._building = False
             self.seconds += time.perf_counter() - began
             self._shows(self.prefix)
 
@@ -161,17 +180,28 @@ class Surgery:
         self.prefix = prefix
         prefix.build_seconds = self.seconds
 
-    def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], build: bool) -> Plan:
         inputs, tensors = flatten_inputs(self.net, args, kwargs)
         traced = trace(self.net, inputs, tensors)
         _refuse_shared_writes(self.net, traced, tensors)
         cut = split(self.net, traced, self.ownership, self.depth)
-        segment = self._segment(cut, self._tell_of_leaves(cut.prefix, traced.leaves), tensors)
-        self.prefix = Prefix(self.depth, (segment,))
+        device = next((t.device.type for t in tensors), "cpu")
+        computation = Computation.current(device, self.precision)
+        callers = Computation.current(device, None).autocast  # decides the dtypes that the suffix expects
+        notes = (*(f"kept live: {why}" for why in cut.kept_live), *self._tell_of_leaves(cut.prefix, traced.leaves))
+
+        def make(span: tuple[int, int], plain: GraphModule, values: Sequence[Any]) -> Segment:
+            with self._clock():
+                return self._segment(span, plain, values, computation, callers, notes)
+
+        chain = Chain(self.net, traced, self.ownership, self.depth, cut, computation, make)
+        if build:
+            chain.segment((0, self.depth), tensors)
+        self.prefix = chain.prefix
         if traced.shape_bound:
             self._bound.add(key)
         shapes = tuple(t.shape for t in tensors) if traced.shape_bound else None
-        plan = Plan(self.prefix, cut.suffix.forward, traced.outputs, traced.reads)
+        plan = Plan(chain, cut.suffix.forward, traced.outputs, traced.reads, traced.shape_bound)
         self._remember((key, shapes), plan)
         return plan
 
@@ -181,7 +211,7 @@ class Surgery:
             forgotten = self._plans.pop(next(iter(self._plans)))
         self._plans[key] = plan
         if forgotten is not None:  # a segment holds weights of its own
-            used = {id(segment) for plan in self._plans.values() for segment in plan.prefix.segments}
+            used = {id(segment) for plan in self._plans.values() for segment in plan.chain.prefix.segments}
             for built in self._segments.values():
                 built[:] = [segment for segment in built if id(segment) in used]
 
@@ -195,30 +225,33 @@ class Surgery:
                 f"that forward looks at: make what changes from call to call a tensor, as an input or a buffer"
             )
 
-    def _segment(self, cut: Split, whole: list[str], tensors: list[Tensor]) -> Segment:
-        """The built prefix, shared by all traces that have the same one (training and eval, say)."""
-        device = next((t.device.type for t in tensors), "cpu")
-        computation = Computation.current(device, self.precision)
-        callers = Computation.current(device, None).autocast  # decides the dtypes that the suffix expects
-        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in tensors]
-        signature = (f"{_signature(cut.prefix)} {callers} {given}", computation)
+    def _segment(
+        self,
+        span: tuple[int, int],
+        plain: GraphModule,
+        values: Sequence[Any],
+        computation: Computation,
+        callers: torch.dtype | None,
+        notes: tuple[str, ...],
+    ) -> Segment:
+        """The built segment, shared by all traces that have the same one (training and eval, say)."""
+        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in values if isinstance(t, Tensor)]
+        signature = (f"{span} {_signature(plain)} {callers} {given}", computation)
         built = self._segments.setdefault(signature, [])
-        segment = next((s for s in built if _same_constants(s.plain, cut.prefix)), None)
+        segment = next((s for s in built if _same_constants(s.plain, plain)), None)
         if segment is None:
             dtype = str(computation.autocast or "model").removeprefix("torch.")
-            graph = _digest(cut.prefix)
-            earlier = self.decisions.get((0, self.depth, graph, dtype))
+            graph = _digest(plain)
+            earlier = self.decisions.get((*span, graph, dtype))
             if earlier is not None and earlier.backend != "plain":
                 self._warn(
                     f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead"
                 )
-            segment = build(
-                (0, self.depth), cut.prefix, tensors, computation, PASSES, earlier is None or earlier.rewritten
-            )
-            segment.notes = (*(f"kept live: {why}" for why in cut.kept_live), *whole)
+            segment = build(span, plain, values, computation, PASSES, earlier is None or earlier.rewritten)
+            segment.notes = notes
             if segment.reason is not None and segment.reason != DECIDED:
                 self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
-            decision = Decision(0, self.depth, graph, dtype, segment.backend, segment.rewritten is not None)
+            decision = Decision(*span, graph, dtype, segment.backend, segment.rewritten is not None)
             self.decisions[decision.key] = decision
             built.append(segment)
         return segment

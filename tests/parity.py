@@ -14,8 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxfreeze
+from fxfreeze.forward import Forward
 from fxfreeze.inputs import flatten_inputs
-from fxfreeze.runtime import Prefix, relative_error
+from fxfreeze.runtime import relative_error
 from fxfreeze.split import between, split
 from fxfreeze.trace import trace
 from fxfreeze.units import Unit
@@ -178,18 +179,18 @@ def _run(graph: nn.Module, inputs: Sequence[Any]) -> tuple[Any, ...]:
 def boundaries() -> Iterator[list[tuple[Tensor, int, Tensor]]]:
     """Collects what prefixes hand over: (tensor, its version, a copy)."""
     crossed: list[tuple[Tensor, int, Tensor]] = []
-    run: Callable[..., tuple[Any, ...]] = Prefix.__call__
+    run: Callable[..., tuple[Any, ...]] = Forward.boundary
 
-    def recorded(self: Prefix, *tensors: Any) -> tuple[Any, ...]:
-        outputs = run(self, *tensors)
+    def recorded(self: Forward, *call: Any) -> tuple[Any, ...]:
+        outputs = run(self, *call)
         crossed.extend((t, t._version, t.clone()) for t in _tensors(outputs))
         return outputs
 
-    Prefix.__call__ = recorded  # type: ignore[method-assign]
+    Forward.boundary = recorded  # type: ignore[method-assign]
     try:
         yield crossed
     finally:
-        Prefix.__call__ = run  # type: ignore[method-assign]
+        Forward.boundary = run  # type: ignore[method-assign]
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -142,7 +142,7 @@ def test_state_is_json() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2: expected 1"),
+        ({"format": 1}, "format 1: expected 2"),
         ({"format": None}, "format None"),
         ({"last_step": None, "depth": ...}, "lacks depth"),
         ({"last_step": -1}, "last_step = -1"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fxfreeze.surgery
 from fxfreeze import Milestones
 from fxfreeze.passes import PASSES
-from fxfreeze.runtime import BOUNDS, Prefix, relative_error
+from fxfreeze.runtime import BOUNDS, relative_error
 
 
 def test_outputs_are_ordinary_tensors() -> None:
@@ -294,14 +294,6 @@ def test_printed() -> None:
     assert model.prefix.build_seconds == seconds
     model(images(6))
     assert model.prefix.build_seconds > seconds
-
-
-def test_a_chain_of_segments() -> None:
-    """A prefix feeds each segment what the one before gave."""
-    first = frozen(settle(ConvNorm(3, 8)), images(6), passes=PASSES)
-    second = frozen(settle(ConvNorm(8, 8)), torch.randn(6, 8, 8, 8), passes=PASSES)
-    x = images(6)
-    assert torch.equal(Prefix(2, (first, second))(x)[0], second(*first(x))[0])
 
 
 def test_nothing_is_warned_of_when_all_is_well() -> None:

@@ -140,7 +140,7 @@ def test_decisions_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
         broken(x)
     monkeypatch.undo()
     decisions = json.loads(json.dumps(broken._decisions()))
-    (decision,) = decisions
+    (decision,) = decisions["segments"]
     assert decision.items() >= {"start": 0, "end": 2, "dtype": "model", "backend": "plain", "rewritten": False}.items()
     resumed = frozen_to("blocks.0", copy.deepcopy(net))
     resumed(x)
@@ -150,17 +150,18 @@ def test_decisions_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resumed._decisions() == decisions
     resumed.freeze(3)
     resumed(x)
-    assert [d["rewritten"] for d in resumed._decisions()] == [False, True]
+    assert [d["rewritten"] for d in resumed._decisions()["segments"]] == [False, True]
 
 
 def test_a_backend_that_is_gone() -> None:
     model = frozen_to("blocks.0", network()).eval()
     model(images())
-    (decision,) = model._decisions()
-    model._load_decisions([{**decision, "backend": "triton"}])
+    decisions = model._decisions()
+    (decision,) = decisions["segments"]
+    model._load_decisions({**decisions, "segments": [{**decision, "backend": "triton"}]})
     with pytest.warns(UserWarning, match="the resumed run used backend 'triton', which is not available: plain runs"):
         assert_as_original(model, images())
-    assert model._decisions() == [decision]
+    assert model._decisions() == decisions
 
 
 class Branching(nn.Module):
@@ -190,7 +191,7 @@ def test_training_and_eval_are_decided_apart(monkeypatch: pytest.MonkeyPatch) ->
         model.train()(x)
     model.eval()(x)
     decisions = model._decisions()
-    assert [d["rewritten"] for d in decisions] == [False, True]
+    assert [d["rewritten"] for d in decisions["segments"]] == [False, True]
     for modes in ((True, False), (False, True)):
         resumed = frozen_to("block", copy.deepcopy(net))
         resumed._load_decisions(decisions)

@@ -1,7 +1,16 @@
 """What can be wrong with a store. Each error can be made from its message alone, so that workers can hand it on."""
 # ruff: noqa: N818 (a name says what is wrong, and that is an error)
 
-__all__ = ["CacheError", "CacheFull", "CacheLocked", "CorruptCache", "MissingCache", "MissingRow", "StaleCache"]
+__all__ = [
+    "CacheError",
+    "CacheFull",
+    "CacheLocked",
+    "CacheRefusal",
+    "CorruptCache",
+    "MissingCache",
+    "MissingRow",
+    "StaleCache",
+]
 
 
 class CacheError(Exception):
@@ -34,3 +43,7 @@ class CacheFull(CacheError):
 
 class CacheLocked(CacheError):
     """Another writer has the store."""
+
+
+class CacheRefusal(CacheError, ValueError):
+    """What can't be cached with right results; the message says why, and what to do."""

@@ -85,6 +85,10 @@ def _check(layer_node: Any, layer: Op | None, node: Node, module: GraphModule) -
     rank = layer_node.meta["value"].dim()
     if rank != expected:
         return f"the output of {place(layer_node)} has {rank} dimensions, and dimension 1 is not its channels"
+    if layer_node.meta.get("unit") != node.meta.get("unit"):
+        return (
+            f"{place(layer_node)} belongs to another unit, and what a unit computes must not depend on where it is cut"
+        )
     return None
 
 

@@ -19,11 +19,14 @@ _LAYERS = ("conv", "conv_transpose", "linear")
 
 
 def prepare_weights(module: GraphModule) -> list[Outcome]:
-    """Give each layer the weights it needs; ``module.meta["compute_dtype"]`` is autocast's dtype or None."""
+    """Give each layer the weights it needs.
+
+    ``module.meta``: "compute_dtype" is autocast's dtype or None; "laid_out", whether an earlier segment made the inputs.
+    """
     dtype: torch.dtype | None = module.meta["compute_dtype"]
     layers = [(node, op) for node in module.graph.nodes if (op := op_of(node, module)) and op.kind in _LAYERS]
     channels_last = _prefers_channels_last(layers) and _views_may_copy(module)
-    if channels_last:
+    if channels_last and not module.meta["laid_out"]:
         _convert_inputs(module)
     outcomes = []
     for node, _ in layers:

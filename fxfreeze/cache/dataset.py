@@ -1,0 +1,94 @@
+"""The data set behind a loader, as the cache knows it: what its batches are made of, and by what it is recognised."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fxfreeze.cache import probes
+from fxfreeze.cache.errors import CacheRefusal
+from fxfreeze.cache.fetch import collated
+from fxfreeze.cache.forms import BatchForm, Inputs
+from fxfreeze.cache.manifest import Identity
+from fxfreeze.cache.views import Views
+from fxfreeze.rows import take
+
+__all__ = ["KnownData"]
+
+_FORM_SAMPLES = 8
+_LEAST_PAIRS = 32
+
+
+class KnownData:
+    """form: of the loader's batches; views: of each sample; identity: what of a store's identity tells the data set.
+
+    CacheRefusal for data that can't be cached with right results.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        parameters: Sequence[str],
+        *,
+        inputs: Inputs,
+        fingerprint: str | None,
+        views: Views,
+        augmented: Literal["refuse", "freeze"],
+    ) -> None:
+        self.views = views
+        self._loader = loader
+        self._fingerprint = fingerprint
+        dataset = loader.dataset
+        probes.check_dataset(dataset)
+        self.length = len(loader.dataset)  # type: ignore[arg-type]
+        self._probed = probes.probed(self.length)
+        samples = probes.read(dataset, self._probed)
+        self.fixed = views.count == 1 and augmented == "refuse"
+        if self.fixed:
+            _refuse_augmentation(dataset, self._probed)
+        self.form = BatchForm.learn(loader.collate_fn, samples[:_FORM_SAMPLES], inputs, parameters)
+        self._examples = self.form.inputs(collated(loader.collate_fn, samples[:_FORM_SAMPLES]))
+        self._of_size: dict[int, list[Tensor]] = {}
+        self._digest = probes.digest(samples) if self.fixed else ""
+
+    @property
+    def identity(self) -> Identity:
+        kind = type(self._loader.dataset)
+        return {
+            "data": f"{kind.__module__}.{kind.__qualname__}",
+            "length": self.length,
+            "samples": self._digest if self._fingerprint is None else f"fingerprint {self._fingerprint}",
+            "parts": ", ".join(self.form.names),
+            "views": str(self.views),
+        }
+
+    def changed(self) -> bool:
+        """Whether the probed samples are others than they were; from now on they are what they are now."""
+        if not self.fixed:
+            return False
+        before = self._digest
+        self._digest = probes.digest(probes.read(self._loader.dataset, self._probed))
+        return self._digest != before
+
+    def examples(self, size: int) -> list[Tensor]:
+        """Inputs like those of a batch of ``size``."""
+        if size not in self._of_size:
+            samples = torch.arange(size) % len(self._examples[0])
+            self._of_size[size] = [take(example, samples) for example in self._examples]
+        return self._of_size[size]
+
+
+def _refuse_augmentation(dataset: Any, probed: Sequence[int]) -> None:
+    # A transform that acts on every second sample escapes one pair of reads in two.
+    index = probes.differing(dataset, [*probed] * -(-_LEAST_PAIRS // len(probed)) if probed else [])
+    if index is None:
+        return
+    names = probes.random_transforms(dataset)
+    cause = f"{', '.join(names)} draws random numbers" if names else "something in it draws random numbers"
+    raise CacheRefusal(
+        f"sample {index} of the data set differs between two reads ({cause}): stored activations would be of one of them only. "
+        f'Use views=K to store K views of each sample, views="flip" if all it does is a horizontal flip, or augmented="freeze" '
+        f"to train on the first view of each sample"
+    )

@@ -1,0 +1,118 @@
+"""What determines the values of a store: the frozen part that computed them, and the data set that they are of."""
+
+from collections.abc import Iterable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from xxhash import xxh3_64_hexdigest, xxh3_128
+
+from fxfreeze.cache.contents import dense
+from fxfreeze.cache.manifest import Identity
+from fxfreeze.cache.memory import tensor_bytes
+from fxfreeze.chain import Chain
+from fxfreeze.layouts import order_of
+from fxfreeze.units import Unit
+
+__all__ = ["prefix_identity", "store_name", "weights_digest"]
+
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.layout,
+)
+
+
+def prefix_identity(net: nn.Module, chain: Chain, depth: int, tensors: Sequence[Tensor], weights: str) -> Identity:
+    """Of the boundary at ``depth``, as ``chain`` computes it from a call with ``tensors``.
+
+    weights: as ``weights_digest`` gives it for the frozen units.
+    """
+    plain = chain.frontier(depth).plain
+    return {
+        "network": type(net).__qualname__,
+        "depth": depth,
+        "unit": chain.ownership.units[depth - 1].name,
+        "graph": xxh3_64_hexdigest("\n".join(_lines(plain)).encode()),
+        "weights": weights,
+        "dtype": _short(chain.computation.autocast) if chain.computation.autocast else "model",
+        "device": chain.computation.device,
+        "backend": "plain",
+        "inputs": "; ".join(f"{_short(t.dtype)} {list(t.shape[1:])} {order_of(t)}" for t in tensors),
+    }
+
+
+def weights_digest(net: nn.Module, units: Iterable[Unit]) -> str:
+    """xxh3_128 of all parameters and buffers of the units."""
+    digest = xxh3_128()
+    for unit in units:
+        buffers = [(f"{name}.{key}", b) for name in unit.modules for key, b in net.get_submodule(name)._buffers.items()]
+        for name, tensor in [*((name, net.get_parameter(name)) for name in unit.parameters), *buffers]:
+            if tensor is not None:
+                held = dense(tensor.detach().cpu())
+                digest.update(f"{name} {_short(held.dtype)} {list(held.shape)};".encode())
+                digest.update(tensor_bytes(held))
+    return digest.hexdigest()
+
+
+def store_name(identity: Identity) -> str:
+    """The folder of a store: its depth, for people, and a checksum of its whole identity."""
+    text = "\n".join(f"{key}={identity[key]!r}" for key in sorted(identity))
+    return f"{identity['depth']:03d}-{xxh3_64_hexdigest(text.encode())}"
+
+
+def _lines(plain: GraphModule) -> Iterable[str]:
+    """A graph as text that is the same in any process: no addresses, no names that a trace made up."""
+    number = {node: i for i, node in enumerate(plain.graph.nodes)}
+    for node in plain.graph.nodes:
+        yield f"{node.op} {_target(node)} {_text(node.args, number)} {_text(node.kwargs, number)}"
+        if node.op == "call_module":
+            yield from _settings(plain.get_submodule(str(node.target)))
+    for name, constant in plain._buffers.items():
+        if constant is not None:
+            held = dense(constant.detach().cpu())
+            yield f"{name} {_short(held.dtype)} {list(held.shape)} {xxh3_64_hexdigest(tensor_bytes(held))}"
+
+
+def _target(node: Node) -> str:
+    if node.op in ("placeholder", "output"):
+        return ""
+    return node.target if isinstance(node.target, str) else _named(node.target)
+
+
+def _text(value: Any, number: dict[Node, int]) -> str:
+    if isinstance(value, Node):
+        return f"%{number[value]}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(_text(item, number) for item in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_text(item, number)}' for key, item in value.items())}}}"
+    if isinstance(value, slice):
+        return f"slice{_text((value.start, value.stop, value.step), number)}"
+    return repr(value) if isinstance(value, _PLAIN) else _named(value)
+
+
+def _settings(module: nn.Module) -> Iterable[str]:
+    """What a module that is called as a whole computes with, besides its weights."""
+    for name, part in module.named_modules():
+        held = {k: _text(v, {}) for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
+        yield f"  {name} {_named(type(part))} {sorted(held.items())} {part.training}"
+
+
+def _named(value: Any) -> str:
+    kind = value if isinstance(value, type | FunctionType) or hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

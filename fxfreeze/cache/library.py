@@ -1,0 +1,238 @@
+"""The stores that serve one model: which of them hold what its frozen part computes, and the one that is being filled."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fxfreeze.cache.columns import Blob, Column
+from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CacheRefusal
+from fxfreeze.cache.filling import BatchFill, Filling
+from fxfreeze.cache.identity import prefix_identity, weights_digest
+from fxfreeze.cache.manifest import Identity
+from fxfreeze.cache.served import Served, Yielded
+from fxfreeze.cache.shelf import Shelf, Source
+from fxfreeze.cache.sizes import bytes_text
+from fxfreeze.cache.worth import Worth
+from fxfreeze.frontier import NotRowwise
+
+if TYPE_CHECKING:
+    from fxfreeze.chain import Chain
+    from fxfreeze.model import FreezableModel
+
+__all__ = ["Library"]
+
+
+class Library:
+    """Works in rounds of the data: what is written in one is read from the next on.
+
+    shelf: of the data set; rest: columns beside the boundary; worth: decides whether to fill; say: tells the user.
+    """
+
+    def __init__(
+        self,
+        model: FreezableModel,
+        shelf: Shelf,
+        rest: Sequence[Column | Blob],
+        store_dtype: torch.dtype | None,
+        worth: Worth,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model = model
+        self.shelf = shelf
+        self.worth = worth
+        self.say = say
+        self.filling: Filling | None = None
+        self.stopped = False  # nothing is written any more
+        self._rest = tuple(rest)
+        self._store_dtype = store_dtype
+        self._sources: list[Source] = []  # deepest first
+        self._may_begin = False
+        self._chain: weakref.ref[Chain] | None = None
+        self._identities: weakref.WeakKeyDictionary[Chain, dict[int, Identity | None]] = weakref.WeakKeyDictionary()
+
+    # ---- reading
+
+    @property
+    def sources(self) -> list[Source]:
+        """Those that hold, as far as is known, what the model computes at its depth or before; deepest first."""
+        known = self._identities.get(self._chain()) if self._chain is not None and self._chain() is not None else None  # type: ignore[arg-type]
+        return [
+            source
+            for source in self._sources
+            if source.depth <= self.model.depth
+            and (known is None or known.get(source.depth, source.identity) == source.identity)
+        ]
+
+    def held(self, keys: Tensor) -> Tensor:
+        """(n,) bool, whether each row is held by one of the sources."""
+        held = torch.zeros(len(keys), dtype=torch.bool)
+        for source in self.sources:
+            held |= source.store.holds(keys)
+        return held
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row is."""
+        return any(source.store.complete for source in self.sources)
+
+    def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool:
+        """Whether the source holds what ``chain`` computes from a call with ``tensors``."""
+        self._chain = weakref.ref(chain)
+        return source in self._sources and self._identity(chain, source.depth, tensors) == source.identity
+
+    def lose(self, source: Source, error: CacheError) -> None:
+        """Give up a source that can't be read; what it held is computed again."""
+        if source in self._sources:
+            self._sources.remove(source)
+            self.say(f"{source.path.name} can't be used any more, and is filled anew: {error}")
+
+    # ---- rounds
+
+    def begin(self) -> None:
+        """A round: what others, or an earlier run, have written can be read; a filling may begin."""
+        self.commit()
+        for source in list(self._sources):
+            try:
+                source.store.refresh()
+                source.store.check()
+                source.touch()
+            except CacheError as error:
+                self.lose(source, error)
+        self._discover()
+        self._may_begin = not self.stopped
+
+    def commit(self) -> None:
+        """What was filled so far can be read."""
+        filling = self.filling
+        if filling is None:
+            return
+        source = filling.commit()
+        if filling.ended:
+            self.filling = None
+        if source is None:
+            return
+        self._sources = [s for s in self._sources if s.identity != source.identity]
+        self._add(source)
+        if source.store.complete:
+            self._finished(source)
+
+    def close(self) -> None:
+        """Write what is there, and let others write."""
+        self.commit()
+        if self.filling is not None:
+            self.filling.end()
+            self.filling = None
+
+    def forget(self) -> None:
+        """The data set is another: nothing that is stored is of it."""
+        if self.filling is not None:
+            self.filling.end()
+            self.filling = None
+        self._sources.clear()
+        self._identities.clear()
+
+    # ---- filling
+
+    def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> BatchFill | None:
+        """What takes the rows of a batch that ``chain`` computes now."""
+        self._chain = weakref.ref(chain)
+        if self._may_begin and self.filling is None:
+            self._begin(chain, batch, tensors)
+        filling = self.filling
+        if filling is None or filling.ended or filling.depth > chain.depth:
+            return None
+        if (
+            isinstance(batch, Served)
+            and all(s.depth >= filling.depth for s, _, _ in batch.pieces)
+            and not batch.fetched
+        ):
+            return None
+        if self._identity(chain, filling.depth, tensors) != filling.identity:
+            return None
+        return BatchFill(filling, batch)
+
+    def _begin(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> None:
+        identity = self._identity(chain, chain.depth, tensors)
+        if identity is None:
+            self._refuse(chain, tensors)
+            return
+        self._may_begin = False
+        served = [s for s in self._sources if s.identity == identity]
+        if any(source.store.complete for source in served):
+            return
+        if not served and not self.worth.pays(chain, batch, tensors, first=not self.sources):
+            return
+        self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed)
+
+    def _refuse(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
+        """CacheRefusal if samples are mixed; nothing if this batch is too small to tell."""
+        try:
+            chain.frontier(chain.depth).rows(tensors)
+        except NotRowwise as error:
+            if len(tensors[0]) < 2:
+                return
+            raise CacheRefusal(
+                f"the frozen part can't be cached: {error}, so a sample has no activations of its own. Give the layer running "
+                "statistics, or freeze to a depth before it"
+            ) from error
+
+    def _identity(self, chain: Chain, depth: int, tensors: Sequence[Tensor]) -> Identity | None:
+        """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""
+        known = self._identities.setdefault(chain, {})
+        if depth not in known or (known[depth] is None and len(tensors[0]) > 1):
+            known[depth] = self._find_identity(chain, depth, tensors)
+        return known[depth]
+
+    def _find_identity(self, chain: Chain, depth: int, tensors: Sequence[Tensor]) -> Identity | None:
+        if depth > chain.depth or not chain.reaches(depth):
+            return None
+        try:
+            for each in {depth, chain.depth}:
+                if not any(chain.frontier(each).rows(tensors)):
+                    return None
+        except NotRowwise:
+            return None
+        weights = weights_digest(self.model.original, self.model.units[:depth])
+        return self.shelf.whole(prefix_identity(self.model.original, chain, depth, tensors, weights))
+
+    # ---- stores come and go
+
+    def _discover(self) -> None:
+        """Take up stores of this data set that are not known yet."""
+        known = [source.identity for source in self._sources]
+        if self.filling is not None:
+            known.append(self.filling.identity)
+        for identity in self.shelf.identities():
+            if identity not in known:
+                try:
+                    self._add(self.shelf.open(identity))
+                except CacheError:
+                    continue  # whoever fills it finds out; here it is as good as absent
+
+    def _add(self, source: Source) -> None:
+        self._sources = sorted([*self._sources, source], key=lambda s: -s.depth)
+
+    def _finished(self, source: Source) -> None:
+        """A store is complete: those that it was made from are needed no more."""
+        size = bytes_text(source.store.nbytes)
+        self.say(f"depth {source.depth} is stored: {source.store.held} rows, {size} in {source.path.name}")
+        usable = self.sources
+        for old in [s for s in self._sources if s in usable and s.depth < source.depth]:
+            self._sources.remove(old)
+            try:
+                self.shelf.drop(old.identity)
+            except CacheError:
+                continue  # another run writes it, or the folder is read-only
+
+    def _failed(self, error: CacheError) -> None:
+        if isinstance(error, CacheLocked):
+            self.say(f"another run fills this cache; this one reads what is there ({error})")
+            return
+        self.stopped = True
+        why = "there is no space left" if isinstance(error, CacheFull) else "it can't be written"
+        self.say(f"nothing more is stored, for {why}: {error}")

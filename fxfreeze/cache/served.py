@@ -1,0 +1,116 @@
+"""The batches that a CachedLoader gives out: as the wrapped loader yielded them, or with stored activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_64_intdigest
+
+from fxfreeze.cache.shelf import Rows, Source
+from fxfreeze.rows import like
+from fxfreeze.stored import Fill, Part
+
+if TYPE_CHECKING:
+    from fxfreeze.chain import Chain
+
+__all__ = ["Provider", "Served", "Yielded", "joined", "sums_of"]
+
+
+class Provider(Protocol):
+    """The loader, as its batches see it."""
+
+    def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool: ...
+
+    def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> Fill | None: ...
+
+    def inputs_of(self, keys: Tensor) -> list[Tensor]: ...
+
+
+@dataclass
+class Yielded:
+    """A batch as the wrapped loader yields it. keys: (n,) int64 of its rows; sums: per input leaf, of each row's bytes;
+    seen: whether the model has received it."""
+
+    keys: Tensor
+    sums: list[list[int]]
+    rest: Mapping[str, Any]
+    depth: int = 0
+    seen: bool = False
+
+    @property
+    def input_sums(self) -> Tensor:
+        return sums_of(self.sums)
+
+
+@dataclass
+class Served:
+    """A batch of which at least some samples are stored.
+
+    pieces: (source, places (k,) int64, rows), of places that are stored; fetched: (places, inputs), of the others.
+    """
+
+    provider: Provider
+    keys: Tensor
+    rest: Mapping[str, Any]
+    input_sums: Tensor
+    pieces: list[tuple[Source, Tensor, Rows]]
+    fetched: tuple[Tensor, list[Tensor]] | None
+    size: int = field(init=False)
+    depth: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = len(self.keys)
+        self.depth = max(source.depth for source, _, _ in self.pieces)
+
+    def parts(self, chain: Chain, tensors: Sequence[Tensor]) -> list[Part]:
+        parts, lost = [], []
+        for source, places, rows in self.pieces:
+            if self.provider.valid(source, chain, tensors):
+                device = tensors[0].device
+                moved = [row.to(device, non_blocking=True) for row in rows.boundary]
+                parts.append(Part(source.depth, None if len(places) == self.size else places, moved))
+            else:
+                lost.append(places)
+        if self.fetched is not None:
+            parts.append(self._inputs_part(*self.fetched, tensors))
+        if lost:
+            places = torch.cat(lost)
+            parts.append(self._inputs_part(places, self.provider.inputs_of(self.keys[places]), tensors))
+        return parts
+
+    def fill(self, chain: Chain, tensors: Sequence[Tensor]) -> Fill | None:
+        return self.provider.fill_for(chain, self, tensors)
+
+    def inputs(self) -> list[Tensor]:
+        return self.provider.inputs_of(self.keys)
+
+    def _inputs_part(self, places: Tensor, inputs: list[Tensor], tensors: Sequence[Tensor]) -> Part:
+        moved = [like(tensor, example) for tensor, example in zip(inputs, tensors, strict=True)]
+        return Part(0, None if len(places) == self.size else places, moved)
+
+
+def sums_of(sums: list[list[int]]) -> Tensor:
+    """(n,) int64: one checksum for each row, of those of its input leaves."""
+    rows = sums[0] if len(sums) == 1 else [xxh3_64_intdigest(repr(row).encode()) for row in zip(*sums, strict=True)]
+    return torch.tensor(rows, dtype=torch.uint64).view(torch.int64)
+
+
+def joined(size: int, pieces: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Columns of a whole batch, tensors or lists, from (places, columns)."""
+    if len(pieces) == 1 and len(pieces[0][0]) == size:
+        return dict(pieces[0][1])
+    whole: dict[str, Any] = {}
+    for places, columns in pieces:
+        for name, value in columns.items():
+            if isinstance(value, Tensor):
+                target = whole.setdefault(name, value.new_empty((size, *value.shape[1:])))
+                target[places] = value
+            else:
+                target = whole.setdefault(name, [None] * size)
+                for place, item in zip(places.tolist(), value, strict=True):
+                    target[place] = item
+    return whole

@@ -1,0 +1,184 @@
+"""One call of a model: its inputs, or what is stored of them, through the frozen prefix and the live suffix."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from fxfreeze.derived import Derived
+from fxfreeze.frontier import NotRowwise
+from fxfreeze.inputs import TraceRefusal
+from fxfreeze.rows import batch_size, like, merged, resized
+from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
+from fxfreeze.surgery import Plan, Surgery, plan_key
+
+__all__ = ["Forward"]
+
+
+class Forward:
+    """Runs a network of which the first units may be frozen.
+
+    batch_size: the most samples that a training step has had. The prefix computes a smaller batch with as many, its first
+    sample repeated: rows of small batches differ in the last bits, and a stored row must be what any step would compute.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.batch_size = 0
+        self._taps: list[weakref.ref[Tap]] = []
+
+    def attach(self, tap: Tap) -> None:
+        """Let ``tap`` see every call from now on, as long as it lives."""
+        self._taps = [*(ref for ref in self._taps if ref() is not None), weakref.ref(tap)]
+
+    def __call__(self, derived: Derived, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = _Call(derived, args, kwargs)
+        if self.training:
+            self.batch_size = max(self.batch_size, batch_size(call.tensors) or 0)
+        if not derived.depth:
+            self._show(call)
+            return self.net.forward(*args, **kwargs)
+        try:
+            plan = call.plan()
+        except TraceRefusal as error:
+            refusal = error
+        else:
+            boundary = self.boundary(call, plan)
+            if plan.chain.prefix.whole:
+                derived.look_again()  # what modules kept whole wrote into their own buffers is nobody else's change
+            if boundary is not None:
+                return pytree.tree_unflatten(plan.suffix(*boundary), plan.outputs)
+        if call.batch is not None:
+            return self(derived, *call.fetched(call.batch))
+        self._show(call)
+        outputs = self.net.forward(*args, **kwargs)  # says itself what is wrong with a call that it can't run either
+        call.surgery.refuse(call.key, refusal)
+        return outputs
+
+    @property
+    def training(self) -> bool:
+        return self.net.training and torch.is_grad_enabled()
+
+    def _show(self, call: "_Call") -> list[Fill]:
+        """Let the taps see a call, when nothing of it is computed by the prefix."""
+        return [fill for ref in self._taps if (tap := ref()) and (fill := tap.received(call.tensors, None))]
+
+    def boundary(self, call: "_Call", plan: Plan) -> tuple[Any, ...] | None:
+        """What the prefix hands over to the suffix; None where the model must be given the inputs of a stored batch."""
+        return self._frozen(call, plan) if call.batch is None else self._stored(call, plan, call.batch)
+
+    def _frozen(self, call: "_Call", plan: Plan) -> tuple[Any, ...]:
+        """From the tensors of a call."""
+        chain, tensors = plan.chain, call.tensors
+        fills = [fill for ref in self._taps if (tap := ref()) and (fill := tap.received(tensors, chain))]
+        count = batch_size(tensors)
+        if self.training and not chain.prefix.whole and count is not None and count < self.batch_size:
+            try:
+                rows = self._rows(call, plan, Part(0, None, tensors), fills)
+                return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
+            except NotRowwise:  # then the batch is all that there is
+                pass
+        if not fills:
+            return chain.segment((0, chain.depth), tensors)(*tensors)
+        values: Sequence[Any] = ()
+        for depth, values in chain.advance(0, tensors, stops={fill.depth for fill in fills}):
+            rows = chain.frontier(depth).chosen(values, tensors)
+            _hand_out(fills, depth, None, rows)
+        return chain.handed_over(values, tensors)
+
+    def _stored(self, call: "_Call", plan: Plan, batch: StoredBatch) -> tuple[Any, ...] | None:
+        """From what is stored of a batch."""
+        chain, tensors = plan.chain, call.tensors
+        try:
+            parts = batch.parts(chain, tensors)
+            fill = batch.fill(chain, tensors)
+            rows = [(part.places, self._rows(call, plan, part, [] if fill is None else [fill])) for part in parts]
+            values = chain.frontier(chain.depth).completed(_together(batch.size, rows), tensors)
+        except NotRowwise:
+            return None
+        return chain.handed_over(values, tensors)
+
+    def _rows(self, call: "_Call", plan: Plan, part: Part, fills: Sequence[Fill]) -> Sequence[Tensor]:
+        """The rows at the model's depth of some samples, computed with as many as training has."""
+        if part.depth == plan.chain.depth:
+            return part.rows
+        count = len(part.rows[0])
+        size = max(self.batch_size, count) if self.training else count
+        inputs = resized(part.rows if part.depth == 0 else call.tensors, size)
+        chain = plan.chain if not plan.bound else call.like(inputs).plan().chain
+        start = chain.frontier(part.depth)
+        known = inputs if part.depth == 0 else start.completed(resized(part.rows, size), inputs)
+        rows: Sequence[Tensor] = ()
+        for depth, values in chain.advance(part.depth, known, stops={fill.depth for fill in fills}):
+            rows = [row[:count] for row in chain.frontier(depth).chosen(values, inputs)]
+            _hand_out(fills, depth, part.places, rows)
+        return rows
+
+
+def _hand_out(fills: Sequence[Fill], depth: int, places: Tensor | None, rows: Sequence[Tensor]) -> None:
+    for fill in fills:
+        if fill.depth == depth:
+            fill.take(places, rows)
+
+
+def _together(size: int, pieces: list[tuple[Tensor | None, Sequence[Tensor]]]) -> Sequence[Tensor]:
+    """The rows of a whole batch, from those of its parts."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    columns = zip(*(rows for _, rows in pieces), strict=True)
+    places = [torch.arange(size) if where is None else where for where, _ in pieces]
+    return [merged(size, list(zip(places, column, strict=True))) for column in columns]
+
+
+class _Call:
+    """The arguments of a call, with examples in place of what is stored. batch: what they are stored in."""
+
+    def __init__(self, derived: Derived, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.derived = derived
+        self.given, self.spec = pytree.tree_flatten((args, kwargs))
+        self.batch = stored_batch(self.given)
+        self.leaves = [leaf.example.tensor if isinstance(leaf, Boundary) else leaf for leaf in self.given]
+        self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        if self.batch is not None and self.batch.depth > derived.depth:
+            raise ValueError(
+                f"the model, frozen to depth {derived.depth}, was given activations stored at depth {self.batch.depth}: "
+                f"a CachedLoader serves the model that it was made with"
+            )
+        if derived.depth and torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors):
+            raise RuntimeError(
+                f"an input requires grad, but the first {derived.depth} units are frozen and run without a tape: "
+                f"detach the input, or call model.original(...) for gradients with respect to it"
+            )
+
+    @property
+    def surgery(self) -> Surgery:
+        return self.derived.surgery
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a plan is made for."""
+        device = self.tensors[0].device.type if self.tensors else "cpu"
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return plan_key(self.leaves, self.spec), self.derived.modes(), autocast, torch.is_grad_enabled()
+
+    def plan(self) -> Plan:
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        return self.surgery.plan(self.key, self.leaves, args, kwargs, build=self.batch is None)
+
+    def like(self, tensors: Sequence[Tensor]) -> "_Call":
+        """The same call with other tensors."""
+        supply = iter(tensors)
+        leaves = [next(supply) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return _Call(self.derived, *pytree.tree_unflatten(leaves, self.spec))
+
+    def fetched(self, batch: StoredBatch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the inputs that the stored batch stands for."""
+        inputs = batch.inputs()
+        leaves = [
+            like(inputs[leaf.slot], leaf.example.tensor) if isinstance(leaf, Boundary) else leaf for leaf in self.given
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
