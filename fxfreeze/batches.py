@@ -1,5 +1,6 @@
 """The data of one training as tensors, and the order in which its batches come."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,27 @@ class Batches:
     def __getitem__(self, step: int) -> Split:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.split.labels), generator=generator)
-            self._epoch, self._order = epoch, order.to(self.split.labels.device)
+            self._epoch, self._order = epoch, self.order(epoch).to(self.split.labels.device)
         chosen = self._order[position * self.batch_size : (position + 1) * self.batch_size]
         return Split(self.split.images[chosen], self.split.labels[chosen])
+
+    def order(self, epoch: int) -> Tensor:
+        """[N] int64, the samples in the order of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.split.labels), generator=generator)
+
+
+class EpochSampler:
+    """The batches of one epoch after another, from `first` on, as lists of indices: a DataLoader's batch sampler."""
+
+    def __init__(self, batches: Batches, first: int = 0) -> None:
+        self.batches, self.epoch = batches, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.batches.order(self.epoch)
+        self.epoch += 1
+        whole = order[: len(self) * self.batches.batch_size]
+        yield from whole.view(len(self), -1).tolist()
+
+    def __len__(self) -> int:
+        return self.batches.steps_per_epoch

@@ -1,7 +1,7 @@
 """Contenders trained on the same seed and data in interleaved blocks of steps, so that machine noise hits all alike.
 
-plain-short comes last, since its length follows from the time that fxfreeze took; short blocks of plain between its
-blocks tell how fast the machine is by then.
+Plain training cut short comes last, since its length follows from the time that a freezing row took; short blocks of plain
+between its blocks tell how fast the machine is by then.
 """
 
 import copy
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfreeze.batches import Batches, Split
+from fxfreeze.cached import CacheRecord
 from fxfreeze.model import compile
 from fxfreeze.pace import Pace, end_of_round
-from fxfreeze.recipes import Recipe, Settings, plain, plain_short
+from fxfreeze.recipes import SHORTS, Recipe, Settings, plain, plain_short
 from fxfreeze.schedule import FreezeOut
 from fxfreeze.train import Record, Run, logits_of
 
@@ -72,14 +73,15 @@ class Row:
     rates: list[tuple[int, list[float]]]
     test: float
     correct: Tensor = field(repr=False)
+    cache: CacheRecord | None = None
 
 
 @dataclass
 class Trial:
     """One seed. finished: every row that was asked for came to its end.
 
-    drift: seconds of a plain step while plain-short ran, per second of one before; 1 without plain-short. identical:
-    plain-short's time per step over plain's, both corrected: equal code, so its distance from 1 is the noise of this
+    drift: seconds of a plain step while those cut short ran, per second of one before; 1 without them. identical: their
+    time per step over plain's, both corrected: equal code, so its distance from 1 is the noise of this
     measurement. disturbed: the share of all rounds in which the machine was much slower than usual.
     """
 
@@ -92,9 +94,15 @@ class Trial:
 
 
 def compare(
-    net: nn.Module, arena: Arena, recipes: Sequence[Recipe], *, short: bool, watch: Watch, stop: Callable[[], bool]
+    net: nn.Module,
+    arena: Arena,
+    recipes: Sequence[Recipe],
+    *,
+    shorts: Sequence[str],
+    watch: Watch,
+    stop: Callable[[], bool],
 ) -> Trial:
-    """Trains a copy of `net` by each recipe, then plain-short if `short` (which needs plain and fxfreeze among them).
+    """Trains a copy of `net` by each recipe, then `shorts` (which need plain, and the rows whose time they take).
 
     After `stop()` what was trained so far is scored and returned; rows that never took a step are left out.
     """
@@ -104,21 +112,25 @@ def compare(
     base = runs["plain"] if "plain" in runs and runs["plain"].step else None
     pace = None if base is None else Pace(rounds, base.recipe.steps, base.record.step_seconds)
     seconds = {name: _seconds(run, pace) for name, run in runs.items()}
-    trial = Trial(arena.settings.seed, {}, finished=all(run.done for run in runs.values()) and not short)
+    trial = Trial(arena.settings.seed, {}, finished=all(run.done for run in runs.values()) and not shorts)
     if pace is not None:
-        trial.disturbed = pace.disturbed / rounds
-        if short and not stop():
-            step = seconds["plain"] / runs["plain"].step
-            run = _run(net, plain_short(max(1, round(seconds["fxfreeze"] / step))), arena)
-            later = alternate(run, _run(net, plain(run.recipe.steps), arena), arena, pace.usual, watch, stop)
-            runs["plain-short"], seconds["plain-short"] = run, _seconds(run, later)
-            trial.finished = all(run.done for run in runs.values())
-            if run.step and later is not None:
-                trial.drift = statistics.median(later.by_round)
-                trial.identical = seconds["plain-short"] / run.step / step
-                trial.disturbed = (pace.disturbed + later.disturbed) / (rounds + later.rounds)
+        paces = [pace]
+        for name in shorts:
+            if not stop():
+                step = seconds["plain"] / runs["plain"].step
+                run = _run(net, plain_short(name, max(1, round(seconds[SHORTS[name]] / step))), arena)
+                later = alternate(run, _run(net, plain(run.recipe.steps), arena), arena, pace.usual, watch, stop)
+                runs[name], seconds[name] = run, _seconds(run, later)
+                paces += [] if later is None else [later]
+        trial.finished = all(run.done for run in runs.values()) and all(name in runs for name in shorts)
+        trial.disturbed = sum(each.disturbed for each in paces) / sum(each.rounds for each in paces)
+        if len(paces) > 1:
+            trial.drift = statistics.median(value for each in paces[1:] for value in each.by_round)
+            steps = sum(runs[name].step for name in shorts if name in runs)
+            spent = sum(seconds[name] for name in shorts if name in runs)
+            trial.identical = spent / steps / (seconds["plain"] / runs["plain"].step)
     runs = {name: run for name, run in runs.items() if run.step}
-    depths = {depth for run in runs.values() for depth in run.record.depths}
+    depths = {depth for run in runs.values() for depth in (*run.record.depths, *run.record.served)}
     flops = step_flops(net, arena.train, arena.settings.batch_size, depths)
     trial.rows = {name: _row(run, arena, flops, seconds[name]) for name, run in runs.items()}
     return trial
@@ -168,22 +180,40 @@ def warm_up(net: nn.Module, arena: Arena) -> None:
     run.evaluate(arena.val)
 
 
-def step_flops(net: nn.Module, split: Split, batch_size: int, depths: Iterable[int]) -> dict[int, int]:
-    """FLOPs of one training step at each depth, forward and backward, of convolutions and matrix products.
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one training step by depth: forward and backward of everything; of those, the frozen part's forward."""
+
+    step: dict[int, int]
+    frozen: dict[int, int]
+
+    def of(self, record: Record) -> float:
+        """All steps of a run; what was read from a cache was not computed."""
+        pairs = zip(record.depths, record.served, strict=True)
+        return float(sum(self.step[depth] - self.frozen[served] for depth, served in pairs))
+
+
+def step_flops(net: nn.Module, split: Split, batch_size: int, depths: Iterable[int]) -> StepFlops:
+    """FLOPs of convolutions and matrix products.
 
     Counted by torch's counter on a copy, with two samples: the count is linear in the batch.
     """
     images, labels = split.images[:2], split.labels[:2]
     model = compile(copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,)).train()
-    counts = {}
+    whole, frozen = {}, {0: 0}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         for depth in sorted(depths):
             model.freeze(depth)
             with FlopCounterMode(display=False) as counter:
                 loss = F.cross_entropy(logits_of(model.original(images)), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
-            counts[depth] = counter.get_total_flops() * batch_size // 2
-    return counts
+            whole[depth] = counter.get_total_flops() * batch_size // 2
+            if depth:
+                model(images)
+                with FlopCounterMode(display=False) as counter:
+                    model.prefix.segments[0](images)
+                frozen[depth] = counter.get_total_flops() * batch_size // 2
+    return StepFlops(whole, frozen)
 
 
 def _run(net: nn.Module, recipe: Recipe, arena: Arena) -> Run:
@@ -198,7 +228,7 @@ def _seconds(run: Run, pace: Pace | None) -> float:
     return run.record.seconds - sum(steps) + pace.corrected(run.recipe.steps, steps)
 
 
-def _row(run: Run, arena: Arena, flops: dict[int, int], seconds: float) -> Row:
+def _row(run: Run, arena: Arena, flops: StepFlops, seconds: float) -> Row:
     recipe, record = run.recipe, run.record
     if not record.evaluations or record.evaluations[-1].step != run.step:  # stopped within an epoch
         run.validate(arena.val)
@@ -213,10 +243,11 @@ def _row(run: Run, arena: Arena, flops: dict[int, int], seconds: float) -> Row:
         raw_seconds=record.seconds,
         build_seconds=run.build_seconds,
         evaluation_seconds=record.evaluation_seconds,
-        flops=float(sum(flops[depth] for depth in record.depths)),
+        flops=flops.of(record),
         record=record,
         units=() if run.model is None else tuple(unit.name for unit in run.model.units),
         rates=[(step, run.rates(step)) for step in sampled],
         test=score.accuracy,
         correct=score.correct,
+        cache=run.cache,
     )

@@ -10,7 +10,7 @@ from fxfreeze import recipes
 from fxfreeze.batches import Batches
 from fxfreeze.compare import Arena, Trial, Watch, advance, compare
 from fxfreeze.imports import ChoiceError
-from fxfreeze.recipes import Recipe, Settings, renew_head, units_of
+from fxfreeze.recipes import SHORTS, Recipe, Settings, renew_head, units_of
 from fxfreeze.schedule import Schedule
 from fxfreeze.task import Task
 from fxfreeze.train import Run
@@ -75,13 +75,14 @@ class Finetune:
 
 def choose(contest: Contest, rows: Collection[str] | None) -> list[str]:
     """The rows to run, in the contest's order; None: all. Raises ChoiceError for a row that can't be."""
-    known = [*contest.recipes, "plain-short"]
+    known = [*contest.recipes, *SHORTS]
     if rows is None:
         return known
     if unknown := [row for row in rows if row not in known]:
         raise ChoiceError(f"--rows has {unknown[0]!r}; expected some of {','.join(known)}")
-    if "plain-short" in rows and not {"plain", "fxfreeze"} <= set(rows):
-        raise ChoiceError("--rows has plain-short, whose length follows from plain and fxfreeze: name them too")
+    for short, row in SHORTS.items():
+        if short in rows and not {"plain", row} <= set(rows):
+            raise ChoiceError(f"--rows has {short}, whose length follows from plain and {row}: name them too")
     if not rows:
         raise ChoiceError(f"--rows is empty; expected some of {','.join(known)}")
     return [row for row in known if row in rows]
@@ -96,7 +97,7 @@ def run_trial(
         return None
     arena = Arena(contest.task.train, contest.task.val, contest.task.test, settings, block)
     chosen = [recipe for name, recipe in contest.recipes.items() if name in rows]
-    trial = compare(net, arena, chosen, short="plain-short" in rows, watch=watch, stop=stop)
+    trial = compare(net, arena, chosen, shorts=[name for name in SHORTS if name in rows], watch=watch, stop=stop)
     return trial if trial.rows else None
 
 

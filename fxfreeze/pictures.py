@@ -18,10 +18,20 @@ COLOURS = {
     "plain": "#444444",
     "freezeout": "#0072B2",
     "fxfreeze": "#D55E00",
+    "fxfreeze+cache": "#B2182B",
     "plain-short": "#009E73",
+    "plain-short+cache": "#56B4A0",
     "by-hand": "#CC79A7",
 }
-MARKERS = {"plain": "s", "freezeout": "^", "fxfreeze": "o", "plain-short": "D", "by-hand": "v"}
+MARKERS = {
+    "plain": "s",
+    "freezeout": "^",
+    "fxfreeze": "o",
+    "fxfreeze+cache": "P",
+    "plain-short": "D",
+    "plain-short+cache": "d",
+    "by-hand": "v",
+}
 DEPTHS = colormaps["viridis_r"]
 INK, GRID = "#333333", "#e4e4e0"
 SMOOTHING_STEPS = 15

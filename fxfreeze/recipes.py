@@ -13,8 +13,11 @@ from fxfreeze.model import compile
 from fxfreeze.schedule import FreezeOut, Milestones, Schedule
 from fxfreeze.units import Unit
 
-FROM_SCRATCH = ("plain", "freezeout", "fxfreeze", "plain-short")
-FINETUNE = ("plain", "by-hand", "fxfreeze", "freezeout", "plain-short")
+CACHED = "fxfreeze+cache"
+# Plain training cut to the time that a freezing row took, and that row.
+SHORTS = {"plain-short": "fxfreeze", "plain-short+cache": CACHED}
+FROM_SCRATCH = ("plain", "freezeout", "fxfreeze", CACHED, *SHORTS)
+FINETUNE = ("plain", "by-hand", "fxfreeze", CACHED, "freezeout", *SHORTS)
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,15 @@ class Recipe:
     """How a network is trained.
 
     form: "bare", the network itself; "marked", frozen units in eval and without gradient under the ordinary forward,
-    which is the published FreezeOut; "surgery", `fxfreeze.compile`; "by hand", marked, the frozen part under `no_grad`.
+    which is the published FreezeOut; "surgery", `fxfreeze.compile`; "cached", that with `fxfreeze.CachedLoader`; "by hand",
+    marked, the frozen part under `no_grad`.
     cosine: the optimizer's rate falls to zero over `steps`; otherwise it stays, and the schedule alone shapes it.
     """
 
     name: str
     about: str
     steps: int
-    form: Literal["bare", "marked", "surgery", "by hand"] = "bare"
+    form: Literal["bare", "marked", "surgery", "cached", "by hand"] = "bare"
     cosine: bool = True
     schedule: Schedule | None = None
 
@@ -62,23 +66,30 @@ def plain(steps: int) -> Recipe:
     return Recipe("plain", "every layer trained to the end, cosine rate", steps)
 
 
-def plain_short(steps: int) -> Recipe:
-    about = "plain, its steps cut (and its cosine re-annealed) to take the time that fxfreeze took"
-    return replace(plain(steps), name="plain-short", about=about)
+def plain_short(name: str, steps: int) -> Recipe:
+    about = f"plain, its steps cut (and its cosine re-annealed) to take the time that {SHORTS[name]} took"
+    return replace(plain(steps), name=name, about=about)
+
+
+def cached(recipe: Recipe) -> Recipe:
+    """The same with the activations of what is frozen stored."""
+    about = f"{recipe.about}; its activations stored once and read in its place"
+    return replace(recipe, name=CACHED, about=about, form="cached")
 
 
 def from_scratch(settings: Settings, steps: int) -> dict[str, Recipe]:
-    """Recipes by name, but for plain-short, whose length is known last; `steps` are those of plain."""
+    """Recipes by name, but for those cut short, whose length is known last; `steps` are those of plain."""
     long = max(1, round(steps * settings.steps_scale))
     schedule = settings.freezeout(long)
+    surgery = Recipe(
+        "fxfreeze", "the same schedule; the frozen prefix cut out and rewritten", long, "surgery", False, schedule
+    )
+    published = "the published FreezeOut: frozen blocks in eval, no surgery"
     return {
         "plain": plain(steps),
-        "freezeout": Recipe(
-            "freezeout", "the published FreezeOut: frozen blocks in eval, no surgery", long, "marked", False, schedule
-        ),
-        "fxfreeze": Recipe(
-            "fxfreeze", "the same schedule; the frozen prefix cut out and rewritten", long, "surgery", False, schedule
-        ),
+        "freezeout": Recipe("freezeout", published, long, "marked", False, schedule),
+        "fxfreeze": surgery,
+        CACHED: cached(surgery),
     }
 
 
@@ -86,12 +97,12 @@ def finetune(settings: Settings, steps: int, units: tuple[Unit, ...]) -> dict[st
     """As `from_scratch`, for a pretrained network with a new head, the last of `units`."""
     long = max(1, round(steps * settings.steps_scale))
     backbone = Milestones({units[-2].name: 0})
+    surgery = Recipe("fxfreeze", "the same backbone frozen from step 0, rewritten", steps, "surgery", True, backbone)
     return {
         "plain": plain(steps),
         "by-hand": Recipe("by-hand", "backbone in eval under no_grad, head trained", steps, "by hand", True, backbone),
-        "fxfreeze": Recipe(
-            "fxfreeze", "the same backbone frozen from step 0, rewritten", steps, "surgery", True, backbone
-        ),
+        "fxfreeze": surgery,
+        CACHED: cached(surgery),
         "freezeout": Recipe(
             "freezeout",
             f"the published FreezeOut from an early t0 ({settings.t0:g})",

@@ -197,6 +197,7 @@ def _notes_on_short(trials: Sequence[Trial]) -> list[str]:
 
 def _row_content(row: Row) -> dict[str, Any]:
     content = {**vars(row), "correct": int(row.correct.sum()), "record": dataclasses.asdict(row.record)}
+    content["cache"] = None if row.cache is None else dataclasses.asdict(row.cache)
     record = content["record"]
     record["step_seconds"] = [round(seconds, 6) for seconds in row.record.step_seconds]
     record["losses"] = [_finite(loss) for loss in row.record.losses]

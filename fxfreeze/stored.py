@@ -43,10 +43,11 @@ class Tap(Protocol):
 
 
 class StoredBatch(Protocol):
-    """size: its samples; depth: of the deepest boundary that some of them are at."""
+    """size: its samples; depth: of the deepest boundary that some of them are at; least: that all of them have passed."""
 
     size: int
     depth: int
+    least: int
 
     def parts(self, chain: Chain, tensors: Sequence[Tensor]) -> list[Part]:
         """What is known of the samples at depths that reach that of ``chain``; ``tensors``: of a call like this one."""

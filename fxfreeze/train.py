@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxfreeze.batches import Batches, Split
+from fxfreeze.cached import CachedBatches, CacheRecord
 from fxfreeze.imports import ChoiceError
 from fxfreeze.model import FreezableModel, compile
 from fxfreeze.optim import FreezeScheduler, scaler_step
 from fxfreeze.recipes import Recipe, Settings
+from fxfreeze.stored import Boundary
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION_BATCH = 250
@@ -47,12 +49,16 @@ class Evaluation:
 
 @dataclass
 class Record:
-    """What a run did, step by step. Seconds are those of training, freeze events included."""
+    """What a run did, step by step. Seconds are those of training, freeze events included.
+
+    depths: units frozen; served: of how many of them the cache gave the activations of the whole batch.
+    """
 
     seconds: float = 0.0
     evaluation_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
+    served: list[int] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
 
@@ -74,10 +80,10 @@ class Run:
             example = batches.split.images[:2]
             start = time.perf_counter()
             stand_in = self.model = compile(net, copy.deepcopy(recipe.schedule), example_inputs=(example,))
-            if recipe.form == "surgery":  # the others want only to know the units
+            if self._operated:  # the others want only to know the units
                 self._compile_seconds = self.record.seconds = time.perf_counter() - start
         self.stand_in = stand_in.train()
-        self.forward: Callable[[Tensor], Any] = stand_in if recipe.form == "surgery" else net
+        self.forward: Callable[[Tensor], Any] = stand_in if self._operated else net
         if recipe.form == "by hand":
             assert self.model is not None, "what is frozen by hand is what the schedule marks"
             self.forward = _without_tape_before_head(self.model)
@@ -92,6 +98,12 @@ class Run:
             self.scheduler = FreezeScheduler(self.optimizer, self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self._random = _seeded_random(settings.seed, self.device)
+        self._cached: CachedBatches | None = None
+        if recipe.form == "cached":
+            assert self.model is not None, "what is stored is what the schedule freezes"
+            start = time.perf_counter()
+            self._cached = CachedBatches(batches, self.model)
+            self.record.seconds += time.perf_counter() - start
 
     @property
     def depth(self) -> int:
@@ -99,9 +111,18 @@ class Run:
         return 0 if self.model is None else self.model.depth
 
     @property
+    def cache(self) -> "CacheRecord | None":
+        """What the cache did so far; None without one."""
+        return None if self._cached is None else self._cached.record()
+
+    @property
+    def _operated(self) -> bool:
+        return self.recipe.form in ("surgery", "cached")
+
+    @property
     def build_seconds(self) -> float:
         """Seconds spent on surgery so far: `compile`, and each freeze's traces, splits, passes and self-checks."""
-        if self.model is None or self.recipe.form != "surgery":
+        if self.model is None or not self._operated:
             return 0.0
         return self._compile_seconds + self.model.prefix.build_seconds
 
@@ -184,7 +205,8 @@ class Run:
         self.step = state["step"]
 
     def _step(self) -> Tensor:
-        images, labels = self.batches[self.step]
+        images, labels = self.batches[self.step] if self._cached is None else next(self._cached)
+        self.record.served.append(images.batch.least if isinstance(images, Boundary) else 0)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         with self._autocast():

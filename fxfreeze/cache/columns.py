@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 __all__ = ["DTYPES", "Blob", "Column", "Columns", "check_columns", "columns_from_json", "columns_to_json", "row_sums"]
@@ -62,6 +63,10 @@ class Column:
     def width(self) -> int:
         """Bytes of a row."""
         return self.numel * self.dtype.itemsize
+
+    def empty(self, rows: int, *, pinned: bool = False) -> Tensor:
+        """Memory for (rows, *shape), to be written over."""
+        return torch.empty((rows, *self.shape), dtype=self.dtype, pin_memory=pinned)
 
     def __str__(self) -> str:
         return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CacheRefus
 from fxfreeze.cache.filling import BatchFill, Filling
 from fxfreeze.cache.identity import prefix_identity, weights_digest
 from fxfreeze.cache.manifest import Identity
+from fxfreeze.cache.placement import Placement
 from fxfreeze.cache.served import Served, Yielded
 from fxfreeze.cache.shelf import Shelf, Source
 from fxfreeze.cache.sizes import bytes_text
@@ -40,11 +42,13 @@ class Library:
         rest: Sequence[Column | Blob],
         store_dtype: torch.dtype | None,
         worth: Worth,
+        placement: Placement,
         say: Callable[[str], None],
     ) -> None:
         self.model = model
         self.shelf = shelf
         self.worth = worth
+        self.placement = placement
         self.say = say
         self.filling: Filling | None = None
         self.stopped = False  # nothing is written any more
@@ -52,6 +56,8 @@ class Library:
         self._store_dtype = store_dtype
         self._sources: list[Source] = []  # deepest first
         self._may_begin = False
+        self._placed: set[Path] = set()
+        self._device: torch.device | None = None  # that the model runs on, once it is known
         self._chain: weakref.ref[Chain] | None = None
         self._identities: weakref.WeakKeyDictionary[Chain, dict[int, Identity | None]] = weakref.WeakKeyDictionary()
 
@@ -68,11 +74,16 @@ class Library:
             and (known is None or known.get(source.depth, source.identity) == source.identity)
         ]
 
+    @property
+    def pinned(self) -> bool:
+        """Whether what is read goes on to a GPU."""
+        return self._device is not None and self._device.type == "cuda"
+
     def held(self, keys: Tensor) -> Tensor:
         """(n,) bool, whether each row is held by one of the sources."""
         held = torch.zeros(len(keys), dtype=torch.bool)
         for source in self.sources:
-            held |= source.store.holds(keys)
+            held |= source.holds(keys)
         return held
 
     @property
@@ -82,7 +93,7 @@ class Library:
 
     def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool:
         """Whether the source holds what ``chain`` computes from a call with ``tensors``."""
-        self._chain = weakref.ref(chain)
+        self._meet(chain, tensors)
         return source in self._sources and self._identity(chain, source.depth, tensors) == source.identity
 
     def lose(self, source: Source, error: CacheError) -> None:
@@ -104,6 +115,7 @@ class Library:
             except CacheError as error:
                 self.lose(source, error)
         self._discover()
+        self._place()
         self._may_begin = not self.stopped
 
     def commit(self) -> None:
@@ -140,7 +152,7 @@ class Library:
 
     def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> BatchFill | None:
         """What takes the rows of a batch that ``chain`` computes now."""
-        self._chain = weakref.ref(chain)
+        self._meet(chain, tensors)
         if self._may_begin and self.filling is None:
             self._begin(chain, batch, tensors)
         filling = self.filling
@@ -155,6 +167,10 @@ class Library:
         if self._identity(chain, filling.depth, tensors) != filling.identity:
             return None
         return BatchFill(filling, batch)
+
+    def _meet(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
+        self._chain = weakref.ref(chain)
+        self._device = tensors[0].device
 
     def _begin(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> None:
         identity = self._identity(chain, chain.depth, tensors)
@@ -213,6 +229,17 @@ class Library:
                     self._add(self.shelf.open(identity))
                 except CacheError:
                     continue  # whoever fills it finds out; here it is as good as absent
+
+    def _place(self) -> None:
+        """Take the store that serves now into the memory where it should be."""
+        serving = next((source for source in self.sources if source.store.complete), None)
+        if serving is None or serving.resident is not None or serving.path in self._placed or self._device is None:
+            return
+        self._placed.add(serving.path)
+        try:
+            serving.resident = self.placement.resident(serving.store, self._device)
+        except CacheError as error:
+            self.lose(serving, error)
 
     def _add(self, source: Source) -> None:
         self._sources = sorted([*self._sources, source], key=lambda s: -s.depth)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +18,10 @@ from fxfreeze.cache.dataset import KnownData
 from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.fetch import Batches, Fetched, check_loader
 from fxfreeze.cache.library import Library
+from fxfreeze.cache.placement import Placement
 from fxfreeze.cache.served import Served, Yielded, joined, sums_of
 from fxfreeze.cache.shelf import Rows, Shelf, Source
+from fxfreeze.cache.traffic import Traffic
 from fxfreeze.cache.views import Views
 from fxfreeze.cache.watch import Watch
 from fxfreeze.cache.worth import Worth
@@ -88,6 +91,7 @@ class CachedLoader:
         self.loader = loader
         self.model = model
         self.notes: list[str] = []  # what was decided and why, as it was printed
+        self.traffic: list[Traffic] = []  # of each epoch
         self.epoch = -1
         self._views = Views(views)
         parameters = list(inspect.signature(model.forward).parameters)
@@ -108,11 +112,17 @@ class CachedLoader:
             store_dtype=store_dtype,
             say=self._say,
         )
-        self._library = Library(model, shelf, self._form.columns, store_dtype, worth, self._say)
+        kept = Placement(placement, self._say)
+        self._library = Library(model, shelf, self._form.columns, store_dtype, worth, kept, self._say)
         self._watch = Watch(self._form.names)
         self._watched = 0
         self._batches = Batches(loader, self._missing)
         model._forward.attach(self)
+
+    @staticmethod
+    def tell(text: str) -> None:
+        """Says what is stored or not, and why, on stderr; to be replaced by whoever shows it otherwise."""
+        print(text, file=sys.stderr, flush=True)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -129,6 +139,7 @@ class CachedLoader:
     def __iter__(self) -> Iterator[Any]:
         self.epoch += 1
         self._begin()
+        self.traffic.append(Traffic())
         try:
             complete = self._library.complete and self.model.depth > 0
             yield from map(self._given, self._looked_up(self._batches.epoch(workers=not complete), ahead=complete))
@@ -150,7 +161,7 @@ class CachedLoader:
     def _say(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-            print(f"fxfreeze cache: {text}", file=sys.stderr, flush=True)
+            self.tell(f"fxfreeze cache: {text}")
 
     # ---- a batch
 
@@ -183,16 +194,26 @@ class CachedLoader:
         looked = Looked(fetched, keys, [], torch.zeros(0, dtype=torch.int64), [])
         absent = torch.arange(len(keys))
         for source in self._library.sources if self.model.depth else []:
-            held = source.store.holds(keys[absent])
+            held = source.holds(keys[absent])
             if bool(held.any()):
                 places = absent[held]
                 try:
-                    looked.pieces.append((source, places, source.read(keys[places])))
+                    looked.pieces.append((source, places, self._read(source, keys[places])))
                 except CacheError as error:
                     looked.lost.append((source, error))
                     continue
                 absent = absent[~held]
         return looked._replace(absent=absent)
+
+    def _read(self, source: Source, keys: Tensor) -> Rows:
+        began, traffic = time.perf_counter(), self.traffic[-1]
+        rows = source.read(keys, pinned=self._library.pinned)
+        traffic.seconds += time.perf_counter() - began
+        traffic.bytes += source.width * len(keys)
+        traffic.count(source.tier, len(keys))
+        source.epochs.add(len(self.traffic))
+        traffic.cold |= len(source.epochs) == 1
+        return rows
 
     def _given(self, looked: Looked) -> Any:
         """The batch to give out."""
@@ -200,6 +221,7 @@ class CachedLoader:
             self._library.lose(source, error)
         fetched, keys, places = looked.fetched, looked.keys, looked.absent
         batch = fetched.batch
+        self.traffic[-1].count("forward", len(places))
         if len(places) and places.tolist() != fetched.places:
             batch = self._batches.read([fetched.indices[place] for place in places.tolist()])
         if not looked.pieces:

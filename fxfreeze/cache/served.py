@@ -61,10 +61,12 @@ class Served:
     fetched: tuple[Tensor, list[Tensor]] | None
     size: int = field(init=False)
     depth: int = field(init=False)
+    least: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.size = len(self.keys)
-        self.depth = max(source.depth for source, _, _ in self.pieces)
+        depths = [source.depth for source, _, _ in self.pieces]
+        self.depth, self.least = max(depths), 0 if self.fetched else min(depths)
 
     def parts(self, chain: Chain, tensors: Sequence[Tensor]) -> list[Part]:
         parts, lost = [], []

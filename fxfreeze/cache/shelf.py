@@ -1,7 +1,6 @@
 """The stores of one directory that are of one data set: found, opened, filled and dropped."""
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from fxfreeze.cache.encoding import Encoding
 from fxfreeze.cache.errors import CacheError, CorruptCache, StaleCache
 from fxfreeze.cache.identity import store_name
 from fxfreeze.cache.manifest import MANIFEST, Identity
+from fxfreeze.cache.placement import Resident
 from fxfreeze.cache.store import Store, read_manifest
 from fxfreeze.cache.writer import StoreWriter
 
@@ -33,30 +33,36 @@ class Rows(NamedTuple):
 
 
 class Source:
-    """A store to read from. seconds, bytes: spent and read so far."""
+    """A store to read from. resident: its rows in memory, once they are there; epochs: in which it was read."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.identity = store.identity
         self.depth = int(store.identity["depth"] or 0)
         self.encoding = Encoding.read_from(store.columns)
-        self.bytes = 0
-        self.seconds = 0.0
-        self._width = sum(c.width for c in store.columns if isinstance(c, Column))
+        self.width = sum(c.width for c in store.columns if isinstance(c, Column))  # bytes of a row
+        self.resident: Resident | None = None
+        self.epochs: set[int] = set()
         self._rest = [c.name for c in store.columns if c.name.startswith("rest.")]
 
     @property
     def path(self) -> Path:
         return self.store.directory
 
-    def read(self, keys: Tensor, out: dict[str, Tensor] | None = None) -> Rows:
-        """The rows (k,) int64. CacheError."""
-        began = time.perf_counter()
-        read = self.store.read(keys, out)
-        rows = Rows(self.encoding.decode(read), {name: read[name] for name in self._rest}, read[SUMS.name])
-        self.bytes += len(keys) * self._width
-        self.seconds += time.perf_counter() - began
-        return rows
+    @property
+    def tier(self) -> str:
+        """In which memory its rows are: "disk", "ram" or "device"."""
+        return "disk" if self.resident is None else self.resident.tier
+
+    def holds(self, keys: Tensor) -> Tensor:
+        """(k,) bool."""
+        return self.store.holds(keys)
+
+    def read(self, keys: Tensor, *, pinned: bool = False) -> Rows:
+        """The rows (k,) int64, in memory of their own: no batch is written over while something refers to it. CacheError."""
+        out = {c.name: c.empty(len(keys), pinned=True) for c in self.encoding.columns} if pinned else {}
+        read = self.store.read(keys, out) if self.resident is None else self.resident.read(keys, out)
+        return Rows(self.encoding.decode(read), {name: read[name] for name in self._rest}, read[SUMS.name])
 
     def touch(self) -> None:
         """Take note that the store is in use, for people who look at it."""
