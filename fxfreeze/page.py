@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from fxfreeze import pictures
 from fxfreeze.checkpoint import replacing
-from fxfreeze.report import COLUMNS, Report, as_json, cells, notes, savings
+from fxfreeze.recipes import SHORTS
+from fxfreeze.report import COLUMNS, OURS, Report, as_json, cells, notes, savings
 from fxfreeze.verdict import Summary, caution, summarise, verdict
 
 
@@ -47,10 +48,10 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
     first = report.shown[0]
     yield (
         "Accuracy against wall time",
-        "Higher and further left is better. plain-short is the rival that counts: it stops where fxfreeze stops.",
+        "Higher and further left is better. plain-short is the rival that counts: it stops where the freezing row stops.",
         pictures.accuracy_against_time(report.shown),
     )
-    stairs = [row for name, row in first.rows.items() if name != "plain-short"]
+    stairs = [row for name, row in first.rows.items() if name not in SHORTS]
     yield (
         "The staircase",
         "Each freeze takes a unit out of the backward pass. Times are running medians of "
@@ -64,21 +65,30 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
             "Each unit's rate falls to zero at its own time, and there the unit freezes; the head's lasts to the end.",
             pictures.learning_rates(scheduled),
         )
+    for row in first.rows.values():
+        if row.cache is not None and row.cache.epochs:
+            decisions = "; ".join(row.cache.notes)
+            yield (
+                "Where the cache's samples came from",
+                f"Each epoch of {row.name}, seed {first.seed}. Darker: read, in place of computing the frozen part; above the "
+                f"bars, how fast, where a * marks the first reading of a store. What it decided: {decisions}.",
+                pictures.origins(row.cache.epochs),
+            )
     bars = list(savings(report))
     if len(bars) > 2:
         yield (
             "Saving per step, predicted and measured",
             "Of a plain step's cost, averaged over the training. The prediction counts FLOPs, a backward pass as two "
             "forward passes. Time also counts what FLOPs leave out: a frozen batch norm takes no statistics, nothing is "
-            "kept for a backward, and fxfreeze folds the norms away and runs frozen convolutions channels_last. A cache "
-            "would spare the frozen forward too; this training had none.",
+            "kept for a backward, and fxfreeze folds the norms away and runs frozen convolutions channels_last. The cache "
+            "spares the frozen forward too.",
             pictures.savings(bars),
         )
 
 
 def _html_row(summary: Summary) -> str:
     name, *rest = (escape(cell).replace(" ± ", "<br><small>± ") for cell in cells(summary))
-    kind = ' class="ours"' if summary.name == "fxfreeze" else ""
+    kind = ' class="ours"' if summary.name in OURS else ""
     figures = "".join(f"<td>{cell}{'</small>' if '<small>' in cell else ''}</td>" for cell in rest)
     return f'<tr{kind}><th scope="row">{_swatch(summary.name)}{name}</th>{figures}</tr>'
 

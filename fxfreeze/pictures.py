@@ -3,6 +3,7 @@
 import io
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -31,6 +32,12 @@ MARKERS = {
     "plain-short": "D",
     "plain-short+cache": "d",
     "by-hand": "v",
+}
+ORIGINS = {
+    "forward": ("computed from the data set", "#D5D5CF"),
+    "disk": ("read from disk", "#0072B2"),
+    "ram": ("read from RAM", "#D55E00"),
+    "device": ("read from the device", "#CC79A7"),
 }
 DEPTHS = colormaps["viridis_r"]
 INK, GRID = "#333333", "#e4e4e0"
@@ -72,7 +79,7 @@ def staircase(rows: Sequence[Row]) -> Figure:
         smooth = [value * 1e3 for value in running_median(row.record.step_seconds)]
         times.plot(smooth, color=COLOURS[row.name], linewidth=1.4, label=row.name)
         if row.units:
-            style = "--" if row.name == "fxfreeze" else "-"
+            style = {"fxfreeze": "--", "fxfreeze+cache": ":"}.get(row.name, "-")
             depths.step(
                 range(row.steps), row.record.depths, where="post", color=COLOURS[row.name], label=row.name, ls=style
             )
@@ -101,6 +108,27 @@ def learning_rates(row: Row) -> Figure:
     axes.set_xlabel("step")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
+    return figure
+
+
+def origins(epochs: Sequence[dict[str, Any]]) -> Figure:
+    """Bars of an epoch's samples by where they came from, and how fast stores were read."""
+    figure, (axes,) = _figure(3.2)
+    below = [0] * len(epochs)
+    for origin, (label, colour) in ORIGINS.items():
+        counts = [epoch["samples"].get(origin, 0) for epoch in epochs]
+        if any(counts):
+            axes.bar(range(1, len(epochs) + 1), counts, bottom=below, color=colour, label=label, width=0.8)
+            below = [a + b for a, b in zip(below, counts, strict=True)]
+    for number, epoch in enumerate(epochs, 1):
+        if epoch["bandwidth"]:
+            text = f"{epoch['bandwidth'] / 1e9:.1f}{'*' if epoch['cold'] else ''}"
+            axes.annotate(text, (number, below[number - 1]), ha="center", va="bottom", color=INK, fontsize=8)
+    axes.set_title("Samples by origin, and GB/s of reading", loc="left")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(top=1.12 * max(below))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=len(ORIGINS))
     return figure
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Row, Trial
 from fxfreeze.pace import DISTURBED
 from fxfreeze.pictures import COLOURS
-from fxfreeze.recipes import Settings
+from fxfreeze.recipes import SHORTS, Settings
+from fxfreeze.sizes import bytes_text
 from fxfreeze.verdict import Average, Summary, caution, finished, ratio, summarise, verdict
 
 COLUMNS = (
@@ -34,6 +36,13 @@ COLUMNS = (
     "test",
 )
 NONE = "-"
+ORIGINS = {
+    "forward": "were computed from the data set",
+    "disk": "came from the disk",
+    "ram": "from RAM",
+    "device": "from the device's memory",
+}
+OURS = tuple(SHORTS.values())
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def table(report: Report) -> Table:
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column == "row" else "right", no_wrap=column == "row")
     for summary in summarise(report.trials):
-        shown.add_row(*cells(summary), style="bold" if summary.name == "fxfreeze" else None)
+        shown.add_row(*cells(summary), style="bold" if summary.name in OURS else None)
     return shown
 
 
@@ -100,6 +109,7 @@ def notes(report: Report) -> list[str]:
             f"usual time. Times are corrected for it, but figures to quote need a quiet machine."
         )
     lines += _notes_on_short([trial for trial in report.shown if trial.identical is not None])
+    lines += _notes_on_cache(report.shown[0])
     for trial in report.trials:
         lines += [
             f"{row.name} diverged (seed {trial.seed}): its loss is not a finite number; try a lower --lr."
@@ -140,7 +150,7 @@ def savings(report: Report) -> Iterator[tuple[str, float, str]]:
     if base is not None:
         if row is not None and row.relative_flops is not None:
             yield "FLOPs counted", 1 - row.relative_flops.mean * base.steps.mean / row.steps.mean, "#8c8c84"
-        for name in ("by-hand", "freezeout", "fxfreeze"):
+        for name in ("by-hand", "freezeout", *OURS):
             if name in summaries and not (name == "freezeout" and "by-hand" in summaries):
                 saved = 1 - summaries[name].step_seconds.mean / base.step_seconds.mean
                 yield f"time measured, {name}", saved, COLOURS[name]
@@ -176,23 +186,47 @@ def build_share(rows: Sequence[Row]) -> float:
     return sum(row.build_seconds for row in rows) / sum(row.raw_seconds for row in rows)
 
 
-def _notes_on_short(trials: Sequence[Trial]) -> list[str]:
+def _notes_on_short(trials: Sequence[Trial]) -> Iterator[str]:
     if not trials:
-        return []
+        return
+    for short, row in SHORTS.items():
+        if all(short in trial.rows for trial in trials):
+            seconds = ratio(trials, short, "plain").mean
+            flops = statistics.fmean(trial.rows[short].flops / trial.rows["plain"].flops for trial in trials)
+            longer = (
+                f" Freezing cost more than plain training here, so {short} is longer than plain." if flops > 1 else ""
+            )
+            yield (
+                f"{short} is as long as the time of {row} allows: {seconds:.2f}x of plain's time, {flops:.2f}x of its "
+                f"FLOPs.{longer}"
+            )
     drift = ", ".join(f"{trial.drift:.3f}x" for trial in trials)
     identical = ", ".join(f"{trial.identical:.3f}x" for trial in trials)
-    seconds = ratio(trials, "plain-short", "plain").mean
-    flops = statistics.fmean(trial.rows["plain-short"].flops / trial.rows["plain"].flops for trial in trials)
-    length = (
-        f"plain-short is as long as fxfreeze's time allows: {seconds:.2f}x of plain's time, {flops:.2f}x of its FLOPs."
+    yield (
+        f"Plain training cut short ran last, when a step of plain took {drift} its earlier time, as blocks between showed. "
+        f"So corrected, its steps took {identical} the time of plain's, which are the same code: that is the noise."
     )
-    if flops > 1:
-        length += " Freezing cost more than plain training here, so plain-short is longer than plain."
-    return [
-        length,
-        f"plain-short ran last, when a step of plain took {drift} its earlier time, as blocks between its own showed. So "
-        f"corrected, its steps took {identical} the time of plain's, which are the same code: that is the noise.",
-    ]
+
+
+def _notes_on_cache(trial: Trial) -> Iterator[str]:
+    """Where the samples of the cached row came from."""
+    for row in trial.rows.values():
+        if row.cache is not None:
+            samples: dict[str, int] = {}
+            for epoch in row.cache.epochs:
+                for origin, count in epoch["samples"].items():
+                    samples[origin] = samples.get(origin, 0) + count
+            total = sum(samples.values())
+            shares = ", ".join(f"{count / total:.0%} {ORIGINS[origin]}" for origin, count in samples.items())
+            rates = [f"{_rate(row.cache, cold)} {words}" for cold, words in ((True, "first"), (False, "later"))]
+            yield f"{row.name} (seed {trial.seed}): of all samples {shares}. Stores were read at {' and '.join(rates)}."
+
+
+def _rate(cache: CacheRecord, cold: bool) -> str:
+    """Bytes per second of the epochs that read a store for the first time, or of the others."""
+    epochs = [epoch for epoch in cache.epochs if epoch["cold"] is cold and epoch["seconds"]]
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    return f"{bytes_text(sum(epoch['bytes'] for epoch in epochs) / seconds)}/s" if seconds else "no time"
 
 
 def _row_content(row: Row) -> dict[str, Any]:

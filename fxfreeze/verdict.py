@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxfreeze.compare import Row, Trial
+from fxfreeze.recipes import SHORTS
 
 # Student's t for a two-sided 95% interval, by degrees of freedom; beyond these the last serves, on the careful side.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
-RIVALS = ("fxfreeze", "plain-short")
+# Each freezing row and the rival that has as much time, the one that matters most first.
+PAIRS = tuple((row, short) for short, row in reversed(SHORTS.items()))
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def verdict(trials: Sequence[Trial]) -> str:
         return "Stopped before the end: the rows stand at different points of their training, so nothing is concluded."
     sentences = [sentence for sentence in (cost(whole), accuracy(whole)) if sentence]
     if not sentences:
-        return "These rows leave nothing to conclude: fxfreeze and plain-short are the pair to compare."
+        ours, rival = PAIRS[0]
+        return f"These rows leave nothing to conclude: {ours} and {rival} are the pair to compare."
     if len(whole) < len(trials):
         sentences.append(
             f"Stopped before the end: of {len(trials)} seeds, the {len(whole)} that came to it are counted."
@@ -79,20 +82,27 @@ def verdict(trials: Sequence[Trial]) -> str:
 
 
 def cost(trials: Sequence[Trial]) -> str:
-    """What fxfreeze's time was, next to the same schedule without surgery and to plain training."""
+    """What freezing's time was, next to the same schedule without surgery and to plain training."""
     rows = trials[0].rows
-    if "fxfreeze" not in rows:
+    ours = next((row for row, _ in PAIRS if row in rows), None)
+    if ours is None:
         return ""
     rivals = [
-        f"{ratio(trials, 'fxfreeze', name).show('.2f')}x {words}"
+        f"{ratio(trials, ours, name).show('.2f')}x {words}"
         for name, words in {
+            "fxfreeze": "that of fxfreeze without the cache",
             "freezeout": "the time of the same schedule without surgery",
             "by-hand": "the time of the same backbone frozen by hand",
             "plain": "that of plain training",
         }.items()
-        if name in rows and not (name == "freezeout" and "by-hand" in rows)
+        if name in rows and name != ours and not (name == "freezeout" and "by-hand" in rows)
     ]
-    return f"fxfreeze took {' and '.join(rivals)}." if rivals else ""
+    return f"{ours} took {_listed(rivals)}." if rivals else ""
+
+
+def _listed(items: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(items[:-1]), items[-1]]) if len(items) > 1 else items[0]
 
 
 def ratio(trials: Sequence[Trial], name: str, rival: str) -> Average:
@@ -102,11 +112,12 @@ def ratio(trials: Sequence[Trial], name: str, rival: str) -> Average:
 
 def accuracy(trials: Sequence[Trial]) -> str:
     """Whether the freeze was worth more than the steps of plain training that its time would have bought."""
-    if not _has_rival(trials):
+    pair = _pair(trials)
+    if pair is None:
         return ""
-    gap, margin = _gap(trials)
-    ours, theirs = (average([trial.rows[name].test for trial in trials]).show(".1%") for name in RIVALS)
-    lengths = [trial.rows["plain-short"].planned / trial.rows["plain"].planned for trial in trials]
+    gap, margin = _gap(trials, pair)
+    ours, theirs = (average([trial.rows[name].test for trial in trials]).show(".1%") for name in pair)
+    lengths = [trial.rows[pair[1]].planned / trial.rows["plain"].planned for trial in trials]
     # Where freezing cost more than plain training, as much time buys plain more steps, not fewer.
     rival = "simply training for fewer steps" if statistics.fmean(lengths) < 1 else "plain training for as long"
     where = "here" if len(trials) > 1 else "in this one run"
@@ -120,9 +131,10 @@ def accuracy(trials: Sequence[Trial]) -> str:
 def caution(trials: Sequence[Trial]) -> str:
     """How far the verdict carries: what a gap must exceed to be told from noise, and what was not measured."""
     whole = finished(trials)
-    if not _has_rival(whole):
+    pair = _pair(whole)
+    if pair is None:
         return ""
-    points = f"{100 * _gap(whole)[1]:.1f} points"
+    points = f"{100 * _gap(whole, pair)[1]:.1f} points"
     if len(whole) == 1:
         return (
             f"One seed: gaps up to {points} are the test set's noise, and luck between seeds is unknown; try --seeds 5."
@@ -132,17 +144,18 @@ def caution(trials: Sequence[Trial]) -> str:
     return f"{len(whole)} seeds: mean gaps up to {points} are within the seeds' spread and the test set's noise."
 
 
-def _has_rival(trials: Sequence[Trial]) -> bool:
-    return bool(trials) and all(trial.rows.keys() >= set(RIVALS) for trial in trials)
+def _pair(trials: Sequence[Trial]) -> tuple[str, str] | None:
+    """The freezing row and its rival that all trials have."""
+    return next((pair for pair in PAIRS if trials and all(trial.rows.keys() >= set(pair) for trial in trials)), None)
 
 
-def _gap(trials: Sequence[Trial]) -> tuple[float, float]:
-    """(mean of fxfreeze's test accuracy less plain-short's, half width of its 95% interval).
+def _gap(trials: Sequence[Trial], pair: tuple[str, str]) -> tuple[float, float]:
+    """(mean test accuracy of the pair's first less the second's, half width of its 95% interval).
 
     The wider of two intervals: over seeds, from the paired differences; over the test set, from the samples on which
     exactly one of the two is right (McNemar), since those b + c are all that the difference (b - c) / n rests on.
     """
-    pairs = [tuple(trial.rows[name] for name in RIVALS) for trial in trials]
+    pairs = [tuple(trial.rows[name] for name in pair) for trial in trials]
     gaps = [ours.test - theirs.test for ours, theirs in pairs]
     differ = sum(int((ours.correct != theirs.correct).sum()) for ours, theirs in pairs)
     margin = 1.96 * math.sqrt(max(1, differ)) / sum(len(ours.correct) for ours, _ in pairs)

@@ -18,9 +18,9 @@ from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.placement import Placement
 from fxfreeze.cache.served import Served, Yielded
 from fxfreeze.cache.shelf import Shelf, Source
-from fxfreeze.cache.sizes import bytes_text
 from fxfreeze.cache.worth import Worth
 from fxfreeze.frontier import NotRowwise
+from fxfreeze.sizes import bytes_text
 
 if TYPE_CHECKING:
     from fxfreeze.chain import Chain

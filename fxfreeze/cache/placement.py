@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Column
-from fxfreeze.cache.sizes import bytes_text
 from fxfreeze.cache.store import Store
+from fxfreeze.sizes import bytes_text
 
 __all__ = ["DEVICE_SHARE", "RAM_SHARE", "Placement", "Resident"]
 

@@ -18,10 +18,10 @@ from fxfreeze.cache.encoding import Encoding
 from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.files import translated
 from fxfreeze.cache.served import Served, Yielded
-from fxfreeze.cache.sizes import bytes_text, seconds_text
 from fxfreeze.cache.store import Store
 from fxfreeze.cache.writer import StoreWriter
 from fxfreeze.rows import batch_size, resized
+from fxfreeze.sizes import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from fxfreeze.chain import Chain
