@@ -17,9 +17,10 @@ __all__ = ["BatchFill", "Filling"]
 
 
 class Filling:
-    """The store that is being filled. rest: its columns beside the boundary; failed: told once why it can't go on.
+    """The store that is being filled; in each round of the data it is opened anew, so that others may write between.
 
-    ended: whether nothing more is written, for whatever reason.
+    rest: its columns beside the boundary; failed: told once why it can't go on; rounded: told the relative error of what
+    store_dtype keeps of the first rows. ended: whether nothing more is written, for whatever reason.
     """
 
     def __init__(
@@ -29,15 +30,16 @@ class Filling:
         rest: Sequence[Column | Blob],
         store_dtype: torch.dtype | None,
         failed: Callable[[CacheError], None],
+        rounded: Callable[[float], None],
     ) -> None:
         self.identity = identity
         self.depth = int(identity["depth"] or 0)
         self.ended = False
-        self.rounding: float | None = None  # relative error of what store_dtype keeps of the first rows
         self._shelf = shelf
         self._rest = tuple(rest)
         self._store_dtype = store_dtype
         self._failed = failed
+        self._rounded = rounded
         self._encoding: Encoding | None = None
         self._writer: StoreWriter | None = None
 
@@ -46,48 +48,38 @@ class Filling:
         if self.ended:
             return
         try:
-            writer = self._writer or self._open(rows)
-            new = ~writer.holds(keys)
-            if bool(new.any()):
-                assert self._encoding is not None
+            encoding = self._encoding or self._find_encoding(rows)
+            self._writer = writer = self._writer or self._shelf.writer(
+                self.identity, (*encoding.columns, *self._rest, SUMS)
+            )
+            if not bool(writer.holds(keys).all()):
                 rest = {c.name: _at(batch.rest[c.name], places) for c in self._rest}
                 sums = {SUMS.name: _at(batch.input_sums, places)}
-                writer.append(keys, {**self._encoding.encode(rows), **rest, **sums})
+                writer.append(keys, {**encoding.encode(rows), **rest, **sums})
         except CacheError as error:
             self._fail(error)
 
     def commit(self) -> Source | None:
-        """What can be read by now; None if there is nothing."""
+        """What can be read by now; None if there is nothing new."""
+        if self._writer is None:
+            return None
+        writer, self._writer = self._writer, None
         try:
-            if self._writer is None or self.ended:
-                return None
-            self._writer.commit()
-            if self._writer.complete:
-                self.end()
+            writer.close()
+            self.ended = writer.complete
             return self._shelf.open(self.identity)
         except CacheError as error:
             self._fail(error)
             return None
 
-    def end(self) -> None:
-        """Let another writer in."""
-        self.ended = True
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            try:
-                writer.close()
-            except CacheError as error:
-                self._failed(error)
-
-    def _open(self, rows: Sequence[Tensor]) -> StoreWriter:
+    def _find_encoding(self, rows: Sequence[Tensor]) -> Encoding:
         self._encoding = encoding = Encoding.of(rows, self._store_dtype)
         if self._store_dtype is not None:
             decoded = encoding.decode(encoding.encode(rows))
-            distance = sum(float((a.double() - b.double()).norm()) for a, b in zip(rows, decoded, strict=True))
-            length = sum(float(a.double().norm()) for a in rows)
-            self.rounding = distance / length if length else 0.0
-        self._writer = self._shelf.writer(self.identity, (*encoding.columns, *self._rest, SUMS))
-        return self._writer
+            distance = sum(float((a.double() - b.double()).norm()) ** 2 for a, b in zip(rows, decoded, strict=True))
+            length = sum(float(a.double().norm()) ** 2 for a in rows)
+            self._rounded((distance / length) ** 0.5 if length else 0.0)
+        return encoding
 
     def _fail(self, error: CacheError) -> None:
         self._failed(error)

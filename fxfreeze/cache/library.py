@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Library"]
 
+_MOST = 0.8  # of a round's samples that a store has to hold before the next deeper one may be begun
+
 
 class Library:
     """Works in rounds of the data: what is written in one is read from the next on.
@@ -56,6 +58,8 @@ class Library:
         self._store_dtype = store_dtype
         self._sources: list[Source] = []  # deepest first
         self._may_begin = False
+        self._asked: list[Tensor] = []  # keys of this round, and their number
+        self._count = 0
         self._placed: set[Path] = set()
         self._device: torch.device | None = None  # that the model runs on, once it is known
         self._chain: weakref.ref[Chain] | None = None
@@ -117,14 +121,29 @@ class Library:
         self._discover()
         self._place()
         self._may_begin = not self.stopped
+        if self.filling is not None and self.filling.depth < self.model.depth and self._mostly_held():
+            self.filling = None  # some samples may never be asked for; what is missing is made from what there is
+        self._asked, self._count = [], 0
+
+    def asked(self, keys: Tensor) -> None:
+        """Take note of what a batch is made of."""
+        if self._count < self.shelf.length:
+            self._asked.append(keys)
+            self._count += len(keys)
+
+    def _mostly_held(self) -> bool:
+        """Whether the store that is being filled holds most of what was asked for in the last round."""
+        assert self.filling is not None
+        filled = next((s for s in self._sources if s.identity == self.filling.identity), None)
+        if filled is None or not self._asked:
+            return False
+        return float(filled.holds(torch.cat(self._asked)).double().mean()) >= _MOST
 
     def commit(self) -> None:
         """What was filled so far can be read."""
         filling = self.filling
-        if filling is None:
-            return
-        source = filling.commit()
-        if filling.ended:
+        source = None if filling is None else filling.commit()
+        if filling is not None and filling.ended:
             self.filling = None
         if source is None:
             return
@@ -133,18 +152,10 @@ class Library:
         if source.store.complete:
             self._finished(source)
 
-    def close(self) -> None:
-        """Write what is there, and let others write."""
-        self.commit()
-        if self.filling is not None:
-            self.filling.end()
-            self.filling = None
-
     def forget(self) -> None:
         """The data set is another: nothing that is stored is of it."""
-        if self.filling is not None:
-            self.filling.end()
-            self.filling = None
+        self.commit()
+        self.filling = None
         self._sources.clear()
         self._identities.clear()
 
@@ -183,7 +194,7 @@ class Library:
             return
         if not served and not self.worth.pays(chain, batch, tensors, first=not self.sources):
             return
-        self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed)
+        self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed, self._rounded)
 
     def _refuse(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
         """CacheRefusal if samples are mixed; nothing if this batch is too small to tell."""
@@ -214,7 +225,8 @@ class Library:
         except NotRowwise:
             return None
         weights = weights_digest(self.model.original, self.model.units[:depth])
-        return self.shelf.whole(prefix_identity(self.model.original, chain, depth, tensors, weights))
+        prefix = prefix_identity(self.model.original, chain, depth, tensors, weights)
+        return self.shelf.whole({**prefix, "stored as": _short(self._store_dtype)})
 
     # ---- stores come and go
 
@@ -256,6 +268,9 @@ class Library:
             except CacheError:
                 continue  # another run writes it, or the folder is read-only
 
+    def _rounded(self, error: float) -> None:
+        self.say(f"rows are stored as {_short(self._store_dtype)}, with a relative error of {error:.1e}")
+
     def _failed(self, error: CacheError) -> None:
         if isinstance(error, CacheLocked):
             self.say(f"another run fills this cache; this one reads what is there ({error})")
@@ -263,3 +278,7 @@ class Library:
         self.stopped = True
         why = "there is no space left" if isinstance(error, CacheFull) else "it can't be written"
         self.say(f"nothing more is stored, for {why}: {error}")
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return "computed" if dtype is None else str(dtype).removeprefix("torch.")

@@ -219,6 +219,7 @@ class CachedLoader:
         """The batch to give out."""
         for source, error in looked.lost:
             self._library.lose(source, error)
+        self._library.asked(looked.keys)
         fetched, keys, places = looked.fetched, looked.keys, looked.absent
         batch = fetched.batch
         self.traffic[-1].count("forward", len(places))
