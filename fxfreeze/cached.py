@@ -1,20 +1,30 @@
 """The batches of a run through the cache, and what it did."""
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxfreeze.batches import Batches, EpochSampler
 from fxfreeze.imports import ChoiceError, optional
-from fxfreeze.model import FreezableModel
+from fxfreeze.model import FreezableModel, compile
+from fxfreeze.recipes import CACHED
+from fxfreeze.schedule import FreezeOut
 
-__all__ = ["CacheRecord", "CachedBatches"]
+__all__ = ["CacheRecord", "CachedBatches", "rehearse", "require_packages"]
 
-_REMEDY = "the cache needs it: pip install xxhash 'safetensors>=0.8'"
+
+def require_packages() -> None:
+    """Raises ChoiceError where a package that the cache needs is missing."""
+    remedy = "the cache needs it: pip install xxhash 'safetensors>=0.8', or name the other rows with --rows"
+    for package in ("xxhash", "safetensors"):
+        optional(package, remedy, ChoiceError)
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,7 @@ class CachedBatches:
     """(inputs or what is stored in their place, labels), batch after batch: those of `batches`, in their order."""
 
     def __init__(self, batches: Batches, model: FreezableModel) -> None:
-        for package in ("xxhash", "safetensors"):
-            optional(package, _REMEDY, ChoiceError)
+        require_packages()
         from fxfreeze.cache.loader import CachedLoader
 
         loader: DataLoader[Any] = DataLoader(
@@ -38,10 +47,11 @@ class CachedBatches:
             batch_sampler=EpochSampler(batches),
             generator=torch.Generator(),  # of its own: the run's random numbers are as without a cache
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="fxfreeze-")  # goes with the run
-        self._loader = CachedLoader(loader, model, self._folder.name)
+        folder = tempfile.mkdtemp(prefix="fxfreeze-")
+        self._loader = CachedLoader(loader, model, folder)
         self._loader.tell = lambda text: None  # type: ignore[method-assign]
-        self._stream = self._epochs()
+        self._stream = _endless(self._loader)
+        weakref.finalize(self, _end, self._stream, folder)  # the stores go with the run
 
     def __next__(self) -> Any:
         return next(self._stream)
@@ -53,6 +63,28 @@ class CachedBatches:
         ]
         return CacheRecord(list(self._loader.notes), epochs)
 
-    def _epochs(self) -> Iterator[Any]:
-        while True:
-            yield from self._loader
+
+def rehearse(net: nn.Module, batches: Batches) -> None:
+    """Raises ChoiceError for what the cache refuses, which a run would find out at a freeze. `net` is not used again."""
+    require_packages()
+    from fxfreeze.cache import CacheRefusal
+
+    model = compile(net, FreezeOut(1), example_inputs=(batches.split.images[:2],)).train()
+    model.freeze(len(model.units) - 1)
+    stream = CachedBatches(batches, model)
+    try:
+        images, _ = next(stream)
+        with torch.no_grad():
+            model(images)
+    except CacheRefusal as error:
+        raise ChoiceError(f"{CACHED} can't be: {error}; or name the other rows with --rows") from error
+
+
+def _endless(loader: Any) -> Generator[Any]:
+    while True:
+        yield from loader
+
+
+def _end(stream: Generator[Any], folder: str) -> None:
+    stream.close()  # an epoch that was stopped may still read and write
+    shutil.rmtree(folder, ignore_errors=True)

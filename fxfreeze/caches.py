@@ -23,6 +23,7 @@ from fxfreeze.cache.shard import same_file
 from fxfreeze.cache.store import read_manifest
 from fxfreeze.commands import refusing, wide_console
 from fxfreeze.imports import ChoiceError
+from fxfreeze.sizes import bytes_text
 
 __all__ = ["find", "run_list", "run_remove", "run_verify"]
 
@@ -64,7 +65,7 @@ def run_list(directory: Path) -> int:
         if store.problem:
             _say(console, f"{store.folder.name}: {store.problem}")
     count = "1 store" if len(found) == 1 else f"{len(found)} stores"
-    _say(console, f"{count}, {_size(sum(store.size for store in found))}.")
+    _say(console, f"{count}, {bytes_text(sum(store.size for store in found))}.")
     return 0
 
 
@@ -84,7 +85,7 @@ def run_verify(directory: Path, names: Sequence[str]) -> int:
         else:
             size = sum(shard.size for shard in manifest.shards)
             rows = f"{_held(manifest):,} of {manifest.length:,} rows"
-            _say(console, f"{folder.name}: ok, {rows}, {_size(size)} at {size / seconds / 1e6:,.0f} MB/s")
+            _say(console, f"{folder.name}: ok, {rows}, {bytes_text(size)} at {size / seconds / 1e6:,.0f} MB/s")
     return status
 
 
@@ -110,7 +111,7 @@ def run_remove(directory: Path, names: Sequence[str], everything: bool) -> int:
             status = WRONG
             _say(aside, f"{folder.name}: not removed: {error}")
         freed += before - _bytes(folder)
-    _say(console, f"Freed {_size(freed)} ({freed:,} bytes).")
+    _say(console, f"Freed {bytes_text(freed)} ({freed:,} bytes).")
     return status
 
 
@@ -247,15 +248,7 @@ def _cells(store: Found) -> list[str]:
                 "bytes" if isinstance(c, Blob) else str(c.dtype).removeprefix("torch.") for c in manifest.columns
             )
         )
-    return [store.folder.name, *described, rows, _size(store.size), dtypes, used, store.state]
-
-
-def _size(count: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    for unit, least in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= least:
-            return f"{count / least:,.1f} {unit}"
-    return f"{count} bytes"
+    return [store.folder.name, *described, rows, bytes_text(store.size), dtypes, used, store.state]
 
 
 def _nothing(directory: Path) -> str:

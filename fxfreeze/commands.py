@@ -11,7 +11,7 @@ from rich.console import Console
 from fxfreeze import checkpoint, cost, page, report
 from fxfreeze.batches import Batches
 from fxfreeze.compare import Arena, Trial, Watch, advance
-from fxfreeze.contest import Contest, Finetune, FromScratch, choose, run_trial, scheduled
+from fxfreeze.contest import Contest, Finetune, FromScratch, check_cache, choose, run_trial, scheduled
 from fxfreeze.imports import ChoiceError
 from fxfreeze.progress import display, figures, stop_on_interrupt
 from fxfreeze.recipes import Settings, from_scratch
@@ -38,6 +38,7 @@ def run_compare(
     """Compares, prints the table and the verdict, and writes the report into `out`; the exit status."""
     contest: Contest = Finetune(task, settings) if finetune else FromScratch(task, settings)
     chosen = choose(contest, rows)
+    check_cache(contest, settings, chosen)
     prediction = _predict(contest, settings.seed)
     trials: list[Trial] = []
     console, aside = wide_console(), Console(stderr=True)
@@ -60,7 +61,8 @@ def run_compare(
             environment=report.environment(task.device),
         )
         console.print(report.table(result))
-        for line in (*report.notes(result), "", verdict(trials), caution(trials)):
+        marked = [f"- {note}" for note in report.notes(result)]
+        for line in (*marked, "", verdict(trials), caution(trials)):
             console.print(line, highlight=False, soft_wrap=True)
         with refusing(f"the report can't be written to {out}"):
             path = page.write(result, out)

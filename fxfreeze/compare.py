@@ -120,8 +120,9 @@ def compare(
                 step = seconds["plain"] / runs["plain"].step
                 run = _run(net, plain_short(name, max(1, round(seconds[SHORTS[name]] / step))), arena)
                 later = alternate(run, _run(net, plain(run.recipe.steps), arena), arena, pace.usual, watch, stop)
-                runs[name], seconds[name] = run, _seconds(run, later)
-                paces += [] if later is None else [later]
+                if later is not None and run.step:
+                    runs[name], seconds[name] = run, _seconds(run, later)
+                    paces.append(later)
         trial.finished = all(run.done for run in runs.values()) and all(name in runs for name in shorts)
         trial.disturbed = sum(each.disturbed for each in paces) / sum(each.rounds for each in paces)
         if len(paces) > 1:

@@ -8,9 +8,10 @@ from torch import nn
 
 from fxfreeze import recipes
 from fxfreeze.batches import Batches
+from fxfreeze.cached import rehearse, require_packages
 from fxfreeze.compare import Arena, Trial, Watch, advance, compare
 from fxfreeze.imports import ChoiceError
-from fxfreeze.recipes import SHORTS, Recipe, Settings, renew_head, units_of
+from fxfreeze.recipes import CACHED, SHORTS, Recipe, Settings, renew_head, units_of
 from fxfreeze.schedule import Schedule
 from fxfreeze.task import Task
 from fxfreeze.train import Run
@@ -76,8 +77,7 @@ class Finetune:
 def choose(contest: Contest, rows: Collection[str] | None) -> list[str]:
     """The rows to run, in the contest's order; None: all. Raises ChoiceError for a row that can't be."""
     known = [*contest.recipes, *SHORTS]
-    if rows is None:
-        return known
+    rows = known if rows is None else rows
     if unknown := [row for row in rows if row not in known]:
         raise ChoiceError(f"--rows has {unknown[0]!r}; expected some of {','.join(known)}")
     for short, row in SHORTS.items():
@@ -85,7 +85,15 @@ def choose(contest: Contest, rows: Collection[str] | None) -> list[str]:
             raise ChoiceError(f"--rows has {short}, whose length follows from plain and {row}: name them too")
     if not rows:
         raise ChoiceError(f"--rows is empty; expected some of {','.join(known)}")
+    if CACHED in rows:
+        require_packages()
     return [row for row in known if row in rows]
+
+
+def check_cache(contest: Contest, settings: Settings, rows: Collection[str]) -> None:
+    """Raises ChoiceError if the cached row is among `rows`, and this network or data can't be cached."""
+    if CACHED in rows:
+        rehearse(contest.task.build(settings.seed), Batches(contest.task.train, settings.batch_size, settings.seed))
 
 
 def run_trial(

@@ -8,14 +8,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from fxfreeze.chain import Chain
 from fxfreeze.derived import Derived
-from fxfreeze.frontier import NotRowwise
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.rows import batch_size, like, merged, resized
+from fxfreeze.rowwise import NotRowwise, Undecided
 from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
 from fxfreeze.surgery import Plan, Surgery, plan_key
 
 __all__ = ["Forward"]
+
+_WITNESSES = 4
 
 
 class Forward:
@@ -29,6 +32,7 @@ class Forward:
         self.net = net
         self.batch_size = 0
         self._taps: list[weakref.ref[Tap]] = []
+        self._witnesses: list[Tensor] = []  # some samples, by which to tell what a batch of one does not
 
     def attach(self, tap: Tap) -> None:
         """Let ``tap`` see every call from now on, as long as it lives."""
@@ -37,7 +41,7 @@ class Forward:
     def __call__(self, derived: Derived, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(derived, args, kwargs)
         if self.training:
-            self.batch_size = max(self.batch_size, batch_size(call.tensors) or 0)
+            self._learn(call.tensors)
         if not derived.depth:
             self._show(call)
             return self.net.forward(*args, **kwargs)
@@ -58,13 +62,20 @@ class Forward:
         call.surgery.refuse(call.key, refusal)
         return outputs
 
+    def _learn(self, tensors: Sequence[Tensor]) -> None:
+        count = batch_size(tensors) or 0
+        self.batch_size = max(self.batch_size, count)
+        if not self._witnesses and count > 1:
+            self._witnesses = [t[:_WITNESSES].detach().clone() for t in tensors]
+
     @property
     def training(self) -> bool:
         return self.net.training and torch.is_grad_enabled()
 
-    def _show(self, call: "_Call") -> list[Fill]:
-        """Let the taps see a call, when nothing of it is computed by the prefix."""
-        return [fill for ref in self._taps if (tap := ref()) and (fill := tap.received(call.tensors, None))]
+    def _show(self, call: "_Call", chain: Chain | None = None) -> list[Fill]:
+        """Let the taps see the tensors of a call; ``chain``: what computes the boundary from them."""
+        taps = [tap for ref in self._taps if (tap := ref()) is not None]
+        return [fill for tap in taps if (fill := tap.received(call.tensors, chain)) is not None]
 
     def boundary(self, call: "_Call", plan: Plan) -> tuple[Any, ...] | None:
         """What the prefix hands over to the suffix; None where the model must be given the inputs of a stored batch."""
@@ -73,28 +84,38 @@ class Forward:
     def _frozen(self, call: "_Call", plan: Plan) -> tuple[Any, ...]:
         """From the tensors of a call."""
         chain, tensors = plan.chain, call.tensors
-        fills = [fill for ref in self._taps if (tap := ref()) and (fill := tap.received(tensors, chain))]
+        fills = self._show(call, chain)
         count = batch_size(tensors)
-        if self.training and not chain.prefix.whole and count is not None and count < self.batch_size:
-            try:
-                rows = self._rows(call, plan, Part(0, None, tensors), fills)
-                return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
-            except NotRowwise:  # then the batch is all that there is
-                pass
+        if (self.training or fills) and count is not None and count < self.batch_size and self._pads(chain, tensors):
+            rows = self._rows(call, plan, Part(0, None, tensors), fills)
+            return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
         if not fills:
-            return chain.segment((0, chain.depth), tensors)(*tensors)
+            return chain.segment((0, chain.depth), tensors, tensors)(*tensors)
         values: Sequence[Any] = ()
-        for depth, values in chain.advance(0, tensors, stops={fill.depth for fill in fills}):
-            rows = chain.frontier(depth).chosen(values, tensors)
-            _hand_out(fills, depth, None, rows)
+        for depth, values in chain.advance(0, tensors, tensors, stops={fill.depth for fill in fills}):
+            _hand_out(fills, depth, None, chain.frontier(depth).chosen(values, tensors))
         return chain.handed_over(values, tensors)
+
+    def _pads(self, chain: Chain, tensors: Sequence[Tensor]) -> bool:
+        """Whether samples can be added to a batch and nothing else notices."""
+        if chain.frontier(chain.depth).whole:
+            return False
+        for samples in (tensors, self._witnesses):
+            try:
+                chain.frontier(chain.depth).rows(samples)
+                return True
+            except Undecided:
+                continue
+            except NotRowwise:
+                return False
+        return False
 
     def _stored(self, call: "_Call", plan: Plan, batch: StoredBatch) -> tuple[Any, ...] | None:
         """From what is stored of a batch."""
         chain, tensors = plan.chain, call.tensors
         try:
-            parts = batch.parts(chain, tensors)
-            fill = batch.fill(chain, tensors)
+            parts = batch.parts(chain, tensors, call.slots)
+            fill = batch.fill(chain, tensors, call.slots)
             rows = [(part.places, self._rows(call, plan, part, [] if fill is None else [fill])) for part in parts]
             values = chain.frontier(chain.depth).completed(_together(batch.size, rows), tensors)
         except NotRowwise:
@@ -106,13 +127,13 @@ class Forward:
         if part.depth == plan.chain.depth:
             return part.rows
         count = len(part.rows[0])
-        size = max(self.batch_size, count) if self.training else count
+        size = max(self.batch_size, count)
         inputs = resized(part.rows if part.depth == 0 else call.tensors, size)
         chain = plan.chain if not plan.bound else call.like(inputs).plan().chain
         start = chain.frontier(part.depth)
         known = inputs if part.depth == 0 else start.completed(resized(part.rows, size), inputs)
         rows: Sequence[Tensor] = ()
-        for depth, values in chain.advance(part.depth, known, stops={fill.depth for fill in fills}):
+        for depth, values in chain.advance(part.depth, known, inputs, stops={fill.depth for fill in fills}):
             rows = [row[:count] for row in chain.frontier(depth).chosen(values, inputs)]
             _hand_out(fills, depth, part.places, rows)
         return rows
@@ -142,6 +163,7 @@ class _Call:
         self.batch = stored_batch(self.given)
         self.leaves = [leaf.example.tensor if isinstance(leaf, Boundary) else leaf for leaf in self.given]
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self.slots = [leaf.slot for leaf in self.given if isinstance(leaf, Boundary)]
         if self.batch is not None and self.batch.depth > derived.depth:
             raise ValueError(
                 f"the model, frozen to depth {derived.depth}, was given activations stored at depth {self.batch.depth}: "

@@ -2,15 +2,17 @@
 
 import base64
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
 from fxfreeze import pictures
 from fxfreeze.checkpoint import replacing
+from fxfreeze.compare import Trial
 from fxfreeze.recipes import SHORTS
 from fxfreeze.report import COLUMNS, OURS, Report, as_json, cells, notes, savings
 from fxfreeze.verdict import Summary, caution, summarise, verdict
@@ -37,22 +39,31 @@ def as_html(report: Report) -> str:
         body="".join(_html_row(summary) for summary in rows),
         legend="".join(f"<dt>{_swatch(row.name)}{escape(row.name)}</dt><dd>{escape(row.about)}</dd>" for row in rows),
         notes="".join(f"<li>{escape(note)}</li>" for note in notes(report)),
-        figures="".join(_html_figure(*figure) for figure in figures(report)),
+        figures="".join(map(_html_figure, figures(report))),
         facts="".join(_fact(key, value) for key, value in _facts(report)),
         command=escape(report.command),
     )
 
 
-def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
-    """(heading, caption, picture), those for which there are rows."""
+class Shown(NamedTuple):
+    """A picture, with a list of remarks under it."""
+
+    heading: str
+    caption: str
+    picture: Figure
+    remarks: Sequence[str] = ()
+
+
+def figures(report: Report) -> Iterator[Shown]:
+    """Those for which there are rows."""
     first = report.shown[0]
-    yield (
+    yield Shown(
         "Accuracy against wall time",
-        "Higher and further left is better. plain-short is the rival that counts: it stops where the freezing row stops.",
+        f"Higher and further left is better.{_on_rivals(first)}",
         pictures.accuracy_against_time(report.shown),
     )
     stairs = [row for name, row in first.rows.items() if name not in SHORTS]
-    yield (
+    yield Shown(
         "The staircase",
         "Each freeze takes a unit out of the backward pass. Times are running medians of "
         f"{pictures.SMOOTHING_STEPS} steps, of the rows of seed {first.seed}.",
@@ -60,23 +71,23 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
     )
     scheduled = next((first.rows[name] for name in ("freezeout", "fxfreeze") if name in first.rows), None)
     if scheduled is not None:
-        yield (
+        yield Shown(
             "Learning rates",
             "Each unit's rate falls to zero at its own time, and there the unit freezes; the head's lasts to the end.",
             pictures.learning_rates(scheduled),
         )
     for row in first.rows.values():
         if row.cache is not None and row.cache.epochs:
-            decisions = "; ".join(row.cache.notes)
-            yield (
+            yield Shown(
                 "Where the cache's samples came from",
-                f"Each epoch of {row.name}, seed {first.seed}. Darker: read, in place of computing the frozen part; above the "
-                f"bars, how fast, where a * marks the first reading of a store. What it decided: {decisions}.",
+                f"Each epoch of {row.name}, seed {first.seed}. Purple: read, in place of computing the frozen part; above the "
+                "bars, how fast, where a * marks the first reading of a store. Below, what the cache decided and why.",
                 pictures.origins(row.cache.epochs),
+                row.cache.notes,
             )
     bars = list(savings(report))
     if len(bars) > 2:
-        yield (
+        yield Shown(
             "Saving per step, predicted and measured",
             "Of a plain step's cost, averaged over the training. The prediction counts FLOPs, a backward pass as two "
             "forward passes. Time also counts what FLOPs leave out: a frozen batch norm takes no statistics, nothing is "
@@ -84,6 +95,13 @@ def figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
             "spares the frozen forward too.",
             pictures.savings(bars),
         )
+
+
+def _on_rivals(trial: Trial) -> str:
+    rivals = [short for short in SHORTS if short in trial.rows]
+    if len(rivals) > 1:
+        return f" {' and '.join(rivals)} are the rivals that count: each has as much time as its freezing row took."
+    return f" {rivals[0]} is the rival that counts: it has as much time as its freezing row took." if rivals else ""
 
 
 def _html_row(summary: Summary) -> str:
@@ -97,12 +115,13 @@ def _swatch(name: str) -> str:
     return f'<i style="background:{pictures.COLOURS[name]}"></i>'
 
 
-def _html_figure(heading: str, caption: str, figure: Figure) -> str:
+def _html_figure(shown: Shown) -> str:
     # As an image of its own, a picture's element ids can't collide with another's.
-    data = base64.b64encode(pictures.as_svg(figure).encode()).decode()
+    data = base64.b64encode(pictures.as_svg(shown.picture).encode()).decode()
+    heading, remarks = escape(shown.heading), "".join(f"<li>{escape(remark)}</li>" for remark in shown.remarks)
     return (
-        f"<section><h2>{escape(heading)}</h2><p>{escape(caption)}</p>"
-        f'<img alt="{escape(heading)}" src="data:image/svg+xml;base64,{data}"></section>'
+        f"<section><h2>{heading}</h2><p>{escape(shown.caption)}</p>"
+        f'<img alt="{heading}" src="data:image/svg+xml;base64,{data}">{f"<ul>{remarks}</ul>" if remarks else ""}</section>'
     )
 
 

@@ -1,6 +1,7 @@
 """The pictures of a report, each a matplotlib figure drawn from the rows of one or more trials."""
 
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,9 @@ COLOURS = {
     "plain": "#444444",
     "freezeout": "#0072B2",
     "fxfreeze": "#D55E00",
-    "fxfreeze+cache": "#B2182B",
+    "fxfreeze+cache": "#882255",
     "plain-short": "#009E73",
-    "plain-short+cache": "#56B4A0",
+    "plain-short+cache": "#56B4E9",
     "by-hand": "#CC79A7",
 }
 MARKERS = {
@@ -30,23 +31,24 @@ MARKERS = {
     "fxfreeze": "o",
     "fxfreeze+cache": "P",
     "plain-short": "D",
-    "plain-short+cache": "d",
+    "plain-short+cache": "X",
     "by-hand": "v",
 }
 ORIGINS = {
-    "forward": ("computed from the data set", "#D5D5CF"),
-    "disk": ("read from disk", "#0072B2"),
-    "ram": ("read from RAM", "#D55E00"),
-    "device": ("read from the device", "#CC79A7"),
+    "forward": ("computed", "#D5D5CF"),
+    "disk": ("from disk", "#9E9AC8"),
+    "ram": ("from RAM", "#6A51A3"),
+    "device": ("from the device", "#3F007D"),
 }
 DEPTHS = colormaps["viridis_r"]
 INK, GRID = "#333333", "#e4e4e0"
 SMOOTHING_STEPS = 15
+MOST_FIGURES = 24  # side by side over the bars of a picture
 
 
 def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
     """Validation accuracy over training seconds, a curve per row and seed, and the test accuracy where each ends."""
-    figure, (curves, ends) = _figure(4.2, columns=2, ratios=(3, 2))
+    figure, (curves, ends) = _figure(4.5, columns=2, ratios=(3, 2))
     for trial in trials:
         for name, row in trial.rows.items():
             drift = row.raw_seconds / row.seconds
@@ -54,7 +56,9 @@ def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
             values = [evaluation.accuracy for evaluation in row.record.evaluations]
             colour, marker = COLOURS[name], MARKERS[name]
             label = name if trial is trials[0] else None
-            curves.plot(seconds, values, color=colour, linewidth=1.6, label=label, marker=marker, markevery=[-1], ms=7)
+            dashes = "--" if name.endswith("+cache") else "-"
+            (line,) = curves.plot(seconds, values, color=colour, ls=dashes, linewidth=1.6, label=label)
+            line.set(marker=marker, markevery=[-1], markersize=7)
             ends.plot(row.seconds, row.test, color=colour, marker=marker, ms=8, linestyle="", alpha=0.85)
     last = [
         evaluation.accuracy for trial in trials for row in trial.rows.values() for evaluation in row.record.evaluations
@@ -68,7 +72,7 @@ def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ends.margins(y=0.3)
     ends.set_ylim(top=min(ends.get_ylim()[1], 1.005))
-    curves.legend(loc="lower right", frameon=False)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=4)
     return figure
 
 
@@ -115,18 +119,22 @@ def origins(epochs: Sequence[dict[str, Any]]) -> Figure:
     """Bars of an epoch's samples by where they came from, and how fast stores were read."""
     figure, (axes,) = _figure(3.2)
     below = [0] * len(epochs)
+    width = 0.8 * min(1.0, len(epochs) / 6)  # one or two bars are no wall
     for origin, (label, colour) in ORIGINS.items():
         counts = [epoch["samples"].get(origin, 0) for epoch in epochs]
         if any(counts):
-            axes.bar(range(1, len(epochs) + 1), counts, bottom=below, color=colour, label=label, width=0.8)
+            axes.bar(range(1, len(epochs) + 1), counts, bottom=below, color=colour, label=label, width=width)
             below = [a + b for a, b in zip(below, counts, strict=True)]
-    for number, epoch in enumerate(epochs, 1):
+    fastest = max((epoch["bandwidth"] or 0 for epoch in epochs), default=0)
+    unit, name = (1e9, "GB/s") if fastest >= 1e9 else (1e6, "MB/s")
+    for number, epoch in list(enumerate(epochs, 1))[:: math.ceil(len(epochs) / MOST_FIGURES)]:
         if epoch["bandwidth"]:
-            text = f"{epoch['bandwidth'] / 1e9:.1f}{'*' if epoch['cold'] else ''}"
+            text = f"{epoch['bandwidth'] / unit:.1f}{'*' if epoch['cold'] else ''}"
             axes.annotate(text, (number, below[number - 1]), ha="center", va="bottom", color=INK, fontsize=8)
-    axes.set_title("Samples by origin, and GB/s of reading", loc="left")
+    axes.set_title(f"Samples by origin{f'; {name} of reading' if fastest else ''}", loc="left")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(0.5, len(epochs) + 0.5)
     axes.set_ylim(top=1.12 * max(below))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=len(ORIGINS))
     return figure
@@ -141,7 +149,9 @@ def savings(figures: Sequence[tuple[str, float, str]]) -> Figure:
     axes.bar_label(bars, labels=[f"{value:.1%}" for value in values], padding=4, color=INK)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.invert_yaxis()
-    axes.set_xlim(min(0.0, *values) - (0.08 if min(values) < 0 else 0), max(0.05, *values) * 1.15)
+    low, high = min(0.0, *values), max(0.05, *values)
+    room = 0.1 * (high - low)  # for the figures beside the bars
+    axes.set_xlim(low - (room if low < 0 else 0), high + room)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)

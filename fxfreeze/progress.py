@@ -11,11 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fxfreeze.recipes import FINETUNE, FROM_SCRATCH
 from fxfreeze.train import Run
 
 RECENT_STEPS = 20
 REFRESH_SECONDS = 0.2
 LINE_SECONDS = 5.0
+NAME_WIDTH = max(map(len, (*FROM_SCRATCH, *FINETUNE)))
 
 
 class Bars:
@@ -23,7 +25,7 @@ class Bars:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn(f"{{task.description:<{NAME_WIDTH}}}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
@@ -68,7 +70,7 @@ class Lines:
             self._last[name] = now
             left = (now - started) * (run.recipe.steps - run.step) / max(1, len(run.record.losses))
             self._console.print(
-                f"{name:<12} step {run.step}/{run.recipe.steps}  {figures(run)}  ETA {left:.0f} s",
+                f"{name:<{NAME_WIDTH}} step {run.step}/{run.recipe.steps}  {figures(run)}  ETA {left:.0f} s",
                 highlight=False,
                 soft_wrap=True,
             )

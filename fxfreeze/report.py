@@ -20,7 +20,7 @@ from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Row, Trial
 from fxfreeze.pace import DISTURBED
 from fxfreeze.pictures import COLOURS
-from fxfreeze.recipes import SHORTS, Settings
+from fxfreeze.recipes import CACHED, SHORTS, Settings
 from fxfreeze.sizes import bytes_text
 from fxfreeze.verdict import Average, Summary, caution, finished, ratio, summarise, verdict
 
@@ -37,10 +37,10 @@ COLUMNS = (
 )
 NONE = "-"
 ORIGINS = {
-    "forward": "were computed from the data set",
-    "disk": "came from the disk",
-    "ram": "from RAM",
-    "device": "from the device's memory",
+    "forward": "computed from the data set",
+    "disk": "read from disk",
+    "ram": "read from RAM",
+    "device": "read from the device's memory",
 }
 OURS = tuple(SHORTS.values())
 
@@ -146,10 +146,14 @@ def savings(report: Report) -> Iterator[tuple[str, float, str]]:
     yield "predicted, no cache", report.prediction.uncached, "#b8b8b0"
     summaries = {summary.name: summary for summary in summarise(report.trials)}
     base = summaries.get("plain")
-    row = summaries.get("fxfreeze")
     if base is not None:
-        if row is not None and row.relative_flops is not None:
-            yield "FLOPs counted", 1 - row.relative_flops.mean * base.steps.mean / row.steps.mean, "#8c8c84"
+        for name, label, colour in (
+            ("fxfreeze", "FLOPs counted", "#8c8c84"),
+            (CACHED, "FLOPs counted, with a cache", "#a4a49c"),
+        ):
+            row = summaries.get(name)
+            if row is not None and row.relative_flops is not None:
+                yield label, 1 - row.relative_flops.mean * base.steps.mean / row.steps.mean, colour
         for name in ("by-hand", "freezeout", *OURS):
             if name in summaries and not (name == "freezeout" and "by-hand" in summaries):
                 saved = 1 - summaries[name].step_seconds.mean / base.step_seconds.mean
@@ -217,16 +221,26 @@ def _notes_on_cache(trial: Trial) -> Iterator[str]:
                 for origin, count in epoch["samples"].items():
                     samples[origin] = samples.get(origin, 0) + count
             total = sum(samples.values())
-            shares = ", ".join(f"{count / total:.0%} {ORIGINS[origin]}" for origin, count in samples.items())
-            rates = [f"{_rate(row.cache, cold)} {words}" for cold, words in ((True, "first"), (False, "later"))]
-            yield f"{row.name} (seed {trial.seed}): of all samples {shares}. Stores were read at {' and '.join(rates)}."
+            if not total:
+                continue
+            shares = [
+                f"{samples[origin] / total:.0%} {words}" for origin, words in ORIGINS.items() if origin in samples
+            ]
+            shares[0] = shares[0].replace("% ", "% were ")
+            rates = [
+                f"{bytes_text(rate)}/s {words}"
+                for cold, words in ((True, "the first time"), (False, "later"))
+                if (rate := _rate(row.cache, cold))
+            ]
+            read = f" Stores were read at {' and '.join(rates)}." if rates else ""
+            yield f"{row.name} (seed {trial.seed}): of all samples {', '.join(shares)}.{read}"
 
 
-def _rate(cache: CacheRecord, cold: bool) -> str:
-    """Bytes per second of the epochs that read a store for the first time, or of the others."""
+def _rate(cache: CacheRecord, cold: bool) -> float | None:
+    """Bytes per second of the epochs that read a store for the first time, or of the others; None if there are none."""
     epochs = [epoch for epoch in cache.epochs if epoch["cold"] is cold and epoch["seconds"]]
     seconds = sum(epoch["seconds"] for epoch in epochs)
-    return f"{bytes_text(sum(epoch['bytes'] for epoch in epochs) / seconds)}/s" if seconds else "no time"
+    return sum(epoch["bytes"] for epoch in epochs) / seconds if seconds else None
 
 
 def _row_content(row: Row) -> dict[str, Any]:

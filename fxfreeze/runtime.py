@@ -152,10 +152,12 @@ def build(
     computation: Computation,
     passes: Sequence[Pass],
     rewrite: bool = True,
+    native: Sequence[Any] | None = None,
 ) -> Segment:
     """Rewrite ``plain`` and compare it with the original on a few samples of ``inputs``.
 
-    span: depths of the two boundaries; rewrite: False runs the plain graph, as an earlier build decided. A rewritten
+    span: depths of the two boundaries; native: the inputs as a segment before computed them, for the rewritten graph;
+    rewrite: False runs the plain graph, as an earlier build decided. A rewritten
     graph that fails, or is past its bound, is dropped: ``reason`` gives the error or the figure. Random state is left as
     found.
     """
@@ -165,6 +167,7 @@ def build(
         graph = _copy(plain)
         samples, expected = _reference(graph, inputs, random, segment.whole)
         segment.layouts.learn(expected)
+        given = samples if native is None else [_cut_like(a, b) for a, b in zip(native, samples, strict=True)]
         if not rewrite:
             segment.reason = DECIDED
         else:
@@ -172,13 +175,13 @@ def build(
                 with computation.context():
                     if computation.overrides:  # what passes read is how this computation runs it
                         with rehearsed(segment.whole):
-                            _Recorder(graph).run(*samples)
+                            _Recorder(graph).run(*given)
                     graph.meta["compute_dtype"] = computation.autocast
                     graph.meta["laid_out"] = span[0] > 0  # what an earlier segment computed lies as it should
                     segment.outcomes = run_passes(graph, passes)
                     random.restore()
                     with rehearsed(segment.whole):
-                        outputs = graph.forward(*samples)
+                        outputs = graph.forward(*given)
                 if len(outputs) != len(expected):
                     raise PassError(f"the passes left {len(outputs)} outputs of {len(expected)}")
                 _judge(segment, graph, segment.layouts.imposed(outputs, samples), expected)
@@ -213,6 +216,11 @@ def _reference(
             return list(inputs), tuple(_Recorder(graph).run(*inputs))
     except Exception as error:
         raise TraceRefusal(f"the frozen part as it was traced can't run it: {type(error).__name__}: {error}") from error
+
+
+def _cut_like(value: Any, sample: Any) -> Any:
+    """As many of the samples."""
+    return value[: len(sample)] if isinstance(value, Tensor) and value.shape != sample.shape else value
 
 
 def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:

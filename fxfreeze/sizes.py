@@ -4,7 +4,8 @@ __all__ = ["bytes_text", "seconds_text"]
 
 
 def bytes_text(count: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
+    """A kB is 1000 bytes."""
+    for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000

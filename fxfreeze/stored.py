@@ -49,11 +49,14 @@ class StoredBatch(Protocol):
     depth: int
     least: int
 
-    def parts(self, chain: Chain, tensors: Sequence[Tensor]) -> list[Part]:
-        """What is known of the samples at depths that reach that of ``chain``; ``tensors``: of a call like this one."""
+    def parts(self, chain: Chain, tensors: Sequence[Tensor], slots: Sequence[int]) -> list[Part]:
+        """What is known of the samples at depths that reach that of ``chain``.
+
+        tensors: of a call like this one; slots: which input of the loader's each of them is.
+        """
         ...
 
-    def fill(self, chain: Chain, tensors: Sequence[Tensor]) -> Fill | None: ...
+    def fill(self, chain: Chain, tensors: Sequence[Tensor], slots: Sequence[int]) -> Fill | None: ...
 
     def inputs(self) -> list[Tensor]:
         """What the Boundaries of the batch stand for, by slot, as the loader would have given it."""
@@ -121,6 +124,8 @@ class Boundary:
         return f"Boundary(depth={self.depth}, {self.batch.size} samples, device={str(self.device)!r})"
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("batch", "slot", "example"):  # not set yet: a copy being made
+            raise AttributeError(name)
         raise AttributeError(self._message(f".{name}"))
 
     @classmethod
@@ -148,9 +153,10 @@ def _refused(name: str) -> Any:
 
 for _name in (
     "add radd iadd sub rsub isub mul rmul imul truediv rtruediv itruediv floordiv mod pow rpow matmul rmatmul neg abs and or "
-    "xor invert lt le gt ge getitem setitem iter contains int float index array complex"
+    "xor invert eq ne lt le gt ge getitem setitem iter contains int float index array complex"
 ).split():
     setattr(Boundary, f"__{_name}__", _refused(f"__{_name}__"))
+Boundary.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 class _Shape:
@@ -164,6 +170,11 @@ class _Shape:
 
     def __iter__(self) -> Any:
         self._boundary._refuse("all of its shape")
+
+    def __eq__(self, other: object) -> bool:
+        return self._boundary._refuse("comparison of its shape")
+
+    __hash__ = object.__hash__
 
     def __len__(self) -> int:
         return self._boundary._refuse("the length of its shape")
@@ -189,9 +200,13 @@ class Example:
 
 
 def stored_batch(leaves: Sequence[Any]) -> StoredBatch | None:
-    """The batch that the Boundaries among a call's arguments belong to. ValueError if they belong to several, or some
-    inputs are tensors of samples."""
+    """The batch that the Boundaries among a call's arguments belong to. ValueError for several, or tensors beside them."""
     batches = {id(leaf.batch): leaf.batch for leaf in leaves if isinstance(leaf, Boundary)}
     if len(batches) > 1:
         raise ValueError("the model was given stored activations of two batches in one call: call it once for each")
+    if batches and any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            "the model was given stored activations together with a tensor, which they may depend on: let it come from the "
+            "data set, and name it by inputs= of CachedLoader"
+        )
     return next(iter(batches.values()), None)

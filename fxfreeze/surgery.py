@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxfreeze.attributes import Read, changed
-from fxfreeze.chain import Chain
+from fxfreeze.chain import Chain, Span
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import order_of
@@ -190,13 +190,13 @@ class Surgery:
         callers = Computation.current(device, None).autocast  # decides the dtypes that the suffix expects
         notes = (*(f"kept live: {why}" for why in cut.kept_live), *self._tell_of_leaves(cut.prefix, traced.leaves))
 
-        def make(span: tuple[int, int], plain: GraphModule, values: Sequence[Any]) -> Segment:
+        def make(span: Span, plain: GraphModule, values: Sequence[Any], native: Sequence[Any]) -> Segment:
             with self._clock():
-                return self._segment(span, plain, values, computation, callers, notes)
+                return self._segment(span, plain, values, native, computation, callers, notes)
 
         chain = Chain(self.net, traced, self.ownership, self.depth, cut, computation, make)
         if build:
-            chain.segment((0, self.depth), tensors)
+            chain.segment((0, self.depth), tensors, tensors)
         self.prefix = chain.prefix
         if traced.shape_bound:
             self._bound.add(key)
@@ -227,15 +227,16 @@ class Surgery:
 
     def _segment(
         self,
-        span: tuple[int, int],
+        span: Span,
         plain: GraphModule,
         values: Sequence[Any],
+        native: Sequence[Any],
         computation: Computation,
         callers: torch.dtype | None,
         notes: tuple[str, ...],
     ) -> Segment:
         """The built segment, shared by all traces that have the same one (training and eval, say)."""
-        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in values if isinstance(t, Tensor)]
+        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in native if isinstance(t, Tensor)]
         signature = (f"{span} {_signature(plain)} {callers} {given}", computation)
         built = self._segments.setdefault(signature, [])
         segment = next((s for s in built if _same_constants(s.plain, plain)), None)
@@ -247,7 +248,8 @@ class Surgery:
                 self._warn(
                     f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead"
                 )
-            segment = build(span, plain, values, computation, PASSES, earlier is None or earlier.rewritten)
+            rewrite = earlier is None or earlier.rewritten
+            segment = build(span, plain, values, computation, PASSES, rewrite, native)
             segment.notes = notes
             if segment.reason is not None and segment.reason != DECIDED:
                 self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
@@ -272,8 +274,15 @@ class Surgery:
 
 
 def _signature(module: GraphModule) -> str:
-    """The text of a graph, equal for equal graphs over the same modules."""
-    return "\n".join(f"{n.name} {n.op} {n.target!r} {n.args!r} {n.kwargs!r}" for n in module.graph.nodes)
+    """The text of a graph, equal for equal graphs over the same modules with the same hooks."""
+    return "\n".join(
+        f"{n.name} {n.op} {n.target!r} {n.args!r} {n.kwargs!r} {_hooks(n, module)}" for n in module.graph.nodes
+    )
+
+
+def _hooks(node: Node, module: GraphModule) -> list[int]:
+    called = module.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
+    return [*{key for m in called for hooks in (m._forward_hooks, m._forward_pre_hooks) for key in hooks}]
 
 
 def _digest(module: GraphModule) -> str:

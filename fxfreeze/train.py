@@ -111,7 +111,7 @@ class Run:
         return 0 if self.model is None else self.model.depth
 
     @property
-    def cache(self) -> "CacheRecord | None":
+    def cache(self) -> CacheRecord | None:
         """What the cache did so far; None without one."""
         return None if self._cached is None else self._cached.record()
 
@@ -210,7 +210,9 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         with self._autocast():
-            loss = F.cross_entropy(logits_of(self.forward(images)), labels)
+            loss = F.cross_entropy(
+                logits_of(self.forward(images)), labels.to(self.device)
+            )  # stored ones are read to RAM
         if self.scaler.is_enabled():
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler_step(self.scaler, self.optimizer)

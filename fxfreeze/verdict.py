@@ -82,22 +82,27 @@ def verdict(trials: Sequence[Trial]) -> str:
 
 
 def cost(trials: Sequence[Trial]) -> str:
-    """What freezing's time was, next to the same schedule without surgery and to plain training."""
+    """What freezing's time was, next to the same without the cache, without surgery, and to plain training."""
     rows = trials[0].rows
-    ours = next((row for row, _ in PAIRS if row in rows), None)
+    pair = _pair(trials)
+    ours = next((row for row, _ in PAIRS if row in rows), None) if pair is None else pair[0]
     if ours is None:
         return ""
-    rivals = [
-        f"{ratio(trials, ours, name).show('.2f')}x {words}"
+    rivals = {
+        name: words
         for name, words in {
-            "fxfreeze": "that of fxfreeze without the cache",
-            "freezeout": "the time of the same schedule without surgery",
-            "by-hand": "the time of the same backbone frozen by hand",
-            "plain": "that of plain training",
+            "fxfreeze": "fxfreeze without the cache",
+            "freezeout": "the same schedule without surgery",
+            "by-hand": "the same backbone frozen by hand",
+            "plain": "plain training",
         }.items()
         if name in rows and name != ours and not (name == "freezeout" and "by-hand" in rows)
+    }
+    shares = [
+        f"{ratio(trials, ours, name).show('.2f')}x {'that' if i else 'the time'} of {words}"
+        for i, (name, words) in enumerate(rivals.items())
     ]
-    return f"{ours} took {_listed(rivals)}." if rivals else ""
+    return f"{ours} took {_listed(shares)}." if shares else ""
 
 
 def _listed(items: Sequence[str]) -> str:

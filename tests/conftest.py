@@ -22,3 +22,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def storing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches store everything, whether or not it pays, which would depend on the machine."""
+    from fxfreeze import CachedLoader
+
+    monkeypatch.setitem(CachedLoader.__init__.__kwdefaults__, "when", "always")

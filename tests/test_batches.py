@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxfreeze.batches import Batches, Split, of_classes
+from fxfreeze.batches import Batches, EpochSampler, Split, of_classes
 from fxfreeze.imports import ChoiceError
 
 
@@ -30,6 +30,15 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 def test_images_and_labels_stay_together() -> None:
     images, labels = Batches(numbered(20), 5, seed=0)[3]
     assert torch.equal(images.flatten().long(), labels)
+
+
+def test_a_sampler_draws_the_same_batches_epoch_after_epoch() -> None:
+    batches = Batches(numbered(23), 5, seed=7)
+    sampler = EpochSampler(batches)
+    drawn = [chosen for _ in range(3) for chosen in sampler]
+    assert len(sampler) == batches.steps_per_epoch == 4
+    assert drawn == [batches[step].labels.tolist() for step in range(12)]
+    assert list(EpochSampler(batches, first=2)) == drawn[8:]
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:

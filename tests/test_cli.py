@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxfreeze import checkpoint
 from fxfreeze.cli import main
+from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, SHORTS
 from fxfreeze.train import Run
 
 TINY = ["--model", "tiny:Tiny", "--data", "tiny:data", "--epochs", "2", "--batch-size", "8"]
@@ -91,6 +92,12 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "--resume", "absent.pt"], "no checkpoint at absent.pt"),
         (["train", "--save", "absent/x.pt"], "'absent/x.pt' can't be a file"),
         (["train", "--row", "plain-short"], "--row: invalid choice"),
+        (["train", "--row", "fxfreeze+cache"], "--row: invalid choice: 'fxfreeze+cache'"),
+        (
+            ["compare", *TINY, "--rows", "plain,fxfreeze,plain-short+cache"],
+            "--rows has plain-short+cache, whose length follows from plain and fxfreeze+cache: name them too",
+        ),
+        (["compare", *TINY, "--rows", "plain,cache"], "--rows has 'cache'; expected some of plain,freezeout,fxfreeze,"),
         (["plan", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
     ],
 )
@@ -104,6 +111,66 @@ def test_bad_input_gets_one_line(arguments: list[str], message: str, capsys: pyt
     assert message in one_line(capsys)
     assert files() == ["taken"]
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("package", ["xxhash", "safetensors"])
+@pytest.mark.parametrize("arguments", [[], ["--finetune"], ["--rows", "plain,fxfreeze+cache"]])
+def test_the_cached_row_without_its_packages_gets_one_line(
+    arguments: list[str], package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trains(run: Run) -> Tensor:
+        raise AssertionError("something trains")
+
+    monkeypatch.setattr(Run, "_step", trains)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["compare", *TINY, *arguments]) == 2
+    assert one_line(capsys) == (
+        f"fxfreeze compare: error: {package} is not installed; the cache needs it: pip install xxhash 'safetensors>=0.8', "
+        "or name the other rows with --rows\n"
+    )
+    assert files() == []
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--finetune"], ["--rows", "plain,fxfreeze+cache"]])
+def test_a_network_that_can_t_be_cached_gets_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixing = ["compare", *TINY, *QUIET, "--model", "tiny:Mixing"]
+    assert main([*mixing, "--rows", "plain,fxfreeze,plain-short", "--out", "here"]) == 0
+    capsys.readouterr()
+    before = files()
+
+    def trains(run: Run) -> Tensor:
+        raise AssertionError("something trains")
+
+    monkeypatch.setattr(Run, "_step", trains)
+    assert main([*mixing, *arguments]) == 2
+    line = one_line(capsys)
+    assert "error: fxfreeze+cache can't be: the frozen part can't be cached: " in line
+    assert "mixes the samples of a batch" in line
+    assert line.endswith("; or name the other rows with --rows\n")
+    assert files() == before
+
+
+def test_the_other_rows_need_no_package_of_the_cache() -> None:
+    code = (
+        "import sys; sys.modules['xxhash'] = sys.modules['safetensors'] = None\n"
+        "from fxfreeze.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    rows = ["--rows", "plain,freezeout,fxfreeze,plain-short", "--out", "here"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "compare", *TINY, *QUIET, *rows],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "fxfreeze took" in done.stdout
+    assert "equal time" in done.stdout
+    assert "cache" not in done.stdout
 
 
 @pytest.mark.parametrize("verb", ["compare", "train", "plan"])
@@ -132,9 +199,11 @@ def test_a_failure_while_training_keeps_its_traceback(monkeypatch: pytest.Monkey
 def test_compare_ends_with_a_table_a_verdict_and_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *TINY, *QUIET, "--out", "here", "--seed", "5"]) == 0
     out, err = capsys.readouterr()
-    for row in ("plain", "freezeout", "fxfreeze", "plain-short"):
+    for row in FROM_SCRATCH:
         assert f"│ {row} " in out
-    assert "fxfreeze took" in out
+    assert "fxfreeze+cache took" in out
+    assert "the time of fxfreeze without the cache" in out
+    assert "fxfreeze+cache (seed 5): of all samples" in out
     assert "equal time" in out
     assert out.rstrip().endswith("Report: here/report.html")
     assert err == ""
@@ -143,11 +212,15 @@ def test_compare_ends_with_a_table_a_verdict_and_a_report(capsys: pytest.Capture
     assert [trial["seed"] for trial in content["trials"]] == [5]
     assert content["settings"]["steps_scale"] == 2
     rows = content["trials"][0]["rows"]
-    assert {name: row["planned"] for name, row in rows.items() if name != "plain-short"} == {
+    assert {name: row["planned"] for name, row in rows.items() if name not in SHORTS} == {
         "plain": 20,
         "freezeout": 40,
         "fxfreeze": 40,
+        "fxfreeze+cache": 40,
     }
+    cached = rows["fxfreeze+cache"]
+    assert cached["record"]["losses"] == rows["fxfreeze"]["record"]["losses"]
+    assert sum(count for epoch in cached["cache"]["epochs"] for count in epoch["samples"].values()) == 40 * 8
     assert 0 < content["predicted_saving"]["uncached"] < content["predicted_saving"]["cached"] < 1
 
 
@@ -176,7 +249,8 @@ def test_compare_finetunes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pretrain" in err
     assert "the same backbone frozen by hand" in out
     rows = json.loads(Path("here/report.json").read_text())["trials"][0]["rows"]
-    assert list(rows) == ["plain", "by-hand", "fxfreeze", "freezeout", "plain-short"]
+    assert list(rows) == list(FINETUNE)
+    assert rows["fxfreeze+cache"]["record"]["losses"] == rows["fxfreeze"]["record"]["losses"]
     assert set(rows["fxfreeze"]["record"]["depths"]) == {4}
 
 

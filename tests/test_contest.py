@@ -1,6 +1,7 @@
 """The contests: from scratch and fine-tuning, which rows run, and what they start from."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny import SETTINGS, Flat, Log, Tiny, after, arena, never
 
 from fxfreeze.contest import Finetune, FromScratch, choose, run_trial
 from fxfreeze.imports import ChoiceError
+from fxfreeze.recipes import FINETUNE, FROM_SCRATCH
 from fxfreeze.task import Task
 
 
@@ -29,6 +31,7 @@ def test_from_scratch_scales_the_steps_of_freezing_rows(task: Task) -> None:
         "plain": 20,
         "freezeout": 30,
         "fxfreeze": 30,
+        "fxfreeze+cache": 30,
     }
 
 
@@ -48,9 +51,10 @@ def test_finetuning_goes_on_to_other_classes_with_a_new_head(task: Task) -> None
     assert not torch.equal(start.block1[0].weight, fresh.get_parameter("block1.0.weight"))
 
 
+@pytest.mark.usefixtures("storing")
 def test_finetuning_freezes_every_unit_but_the_head(task: Task) -> None:
     contest = Finetune(task, SETTINGS)
-    rows = ["plain", "by-hand", "fxfreeze", "freezeout", "plain-short"]
+    rows = ["plain", "by-hand", "fxfreeze", "fxfreeze+cache", "freezeout", "plain-short", "plain-short+cache"]
     outcome = run_trial(contest, SETTINGS, rows, 4, Log(), never)
     assert outcome is not None
     assert list(outcome.rows) == rows
@@ -58,6 +62,11 @@ def test_finetuning_freezes_every_unit_but_the_head(task: Task) -> None:
     assert outcome.rows["fxfreeze"].flops == outcome.rows["by-hand"].flops < outcome.rows["plain"].flops
     assert outcome.rows["fxfreeze"].record.losses == pytest.approx(outcome.rows["by-hand"].record.losses, rel=1e-3)
     assert outcome.rows["freezeout"].record.depths[0] == 0
+    cached = outcome.rows["fxfreeze+cache"]
+    assert cached.record.losses == outcome.rows["fxfreeze"].record.losses
+    assert cached.record.depths == outcome.rows["fxfreeze"].record.depths
+    assert set(cached.record.served) == {0, 4}
+    assert cached.flops < outcome.rows["fxfreeze"].flops
 
 
 def test_finetuning_stopped_while_pretraining_has_no_start(task: Task) -> None:
@@ -80,8 +89,17 @@ def test_a_network_of_one_unit_is_refused(task: Task) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["plain", "frezeout"], "'frezeout'; expected some of plain,freezeout,fxfreeze,plain-short"),
-        (["plain", "plain-short"], "plain-short, whose length follows from plain and fxfreeze"),
+        (
+            ["plain", "frezeout"],
+            r"'frezeout'; expected some of plain,freezeout,fxfreeze,fxfreeze\+cache,plain-short,plain-short\+cache$",
+        ),
+        (["plain", "plain-short"], "plain-short, whose length follows from plain and fxfreeze: name them too"),
+        (["fxfreeze", "plain-short"], "plain-short, whose length follows from plain and fxfreeze: name them too"),
+        (["plain", "fxfreeze+cache", "plain-short"], "plain-short, whose length follows from plain and fxfreeze: "),
+        (
+            ["plain", "fxfreeze", "plain-short", "plain-short+cache"],
+            r"plain-short\+cache, whose length follows from plain and fxfreeze\+cache: name them too",
+        ),
         ([""], "''; expected some of"),
     ],
 )
@@ -92,4 +110,17 @@ def test_impossible_rows_are_refused(rows: list[str], message: str, task: Task) 
 
 def test_rows_come_in_one_order(task: Task) -> None:
     assert choose(FromScratch(task, SETTINGS), ["fxfreeze", "plain"]) == ["plain", "fxfreeze"]
-    assert choose(FromScratch(task, SETTINGS), None) == ["plain", "freezeout", "fxfreeze", "plain-short"]
+    assert choose(FromScratch(task, SETTINGS), None) == list(FROM_SCRATCH)
+    assert choose(Finetune(task, SETTINGS), None) == list(FINETUNE)
+    names = ["plain-short+cache", "fxfreeze+cache", "plain"]
+    assert choose(FromScratch(task, SETTINGS), names) == names[::-1]
+
+
+@pytest.mark.parametrize("package", ["xxhash", "safetensors"])
+def test_the_cached_row_needs_its_packages(package: str, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    for rows in (None, ["plain", "fxfreeze+cache"]):
+        with pytest.raises(ChoiceError, match=rf"{package} is not installed; .* pip install xxhash 'safetensors>=0.8'"):
+            choose(FromScratch(task, SETTINGS), rows)
+    rows = ["plain", "freezeout", "fxfreeze", "plain-short"]
+    assert choose(FromScratch(task, SETTINGS), rows) == rows

@@ -157,7 +157,7 @@ def test_every_row_is_what_the_prefix_computes(tmp_path: Path) -> None:
     for start in range(0, SAMPLES, BATCH):
         samples = [index % SAMPLES for index in range(start, start + BATCH)]
         chain = chain_of(each.model, images[samples])
-        *_, (_, values) = chain.advance(0, [images[samples]])
+        *_, (_, values) = chain.advance(0, [images[samples]], [images[samples]])
         fresh |= {index: values[0][place].clone() for place, index in enumerate(samples)}
     for _ in range(2):
         met = []
@@ -227,7 +227,9 @@ def test_a_second_run_reads_what_the_first_stored(tmp_path: Path) -> None:
     first.epoch()
     dataset = Images()
     second = frozen(tmp_path, dataset)
-    nn.init.zeros_(second.net.head.weight if hasattr(second.net, "head") else next(reversed([*second.net.parameters()])))
+    nn.init.zeros_(
+        second.net.head.weight if hasattr(second.net, "head") else next(reversed([*second.net.parameters()]))
+    )
     reads = len(dataset.reads)
     second.epoch()
     assert len(dataset.reads) == reads + 4
@@ -266,9 +268,11 @@ def test_samples_of_named_parts(tmp_path: Path, kind: type) -> None:
     for ours, theirs in zip(cached.loader, plain.loader, strict=True):
         assert type(ours) is type(theirs)
         for name in ("weight", "label", "name"):
-            assert torch.equal(torch.as_tensor(part(name)(ours)), torch.as_tensor(part(name)(theirs))) if (
-                name != "name"
-            ) else part(name)(ours) == part(name)(theirs)
+            assert (
+                torch.equal(torch.as_tensor(part(name)(ours)), torch.as_tensor(part(name)(theirs)))
+                if (name != "name")
+                else part(name)(ours) == part(name)(theirs)
+            )
 
 
 def test_a_dict_s_inputs_are_the_forward_s_parameters(tmp_path: Path) -> None:
@@ -321,7 +325,9 @@ def test_other_values_between_loader_and_model_are_refused(tmp_path: Path) -> No
     for units in ((0.9, 1), (0.0, 1)):
         each = training(tmp_path, freezes=(units,))
         each.inputs = lambda batch: batch[0] * 0.5 + batch[0].flip(0) * 0.5
-        with pytest.raises(CacheRefusal, match="the model was given other values .* than the 0 that the loader yielded"):
+        with pytest.raises(
+            CacheRefusal, match="the model was given other values .* than the 0 that the loader yielded"
+        ):
             each.epoch()
         assert len(each.losses) == 1
 
@@ -425,6 +431,11 @@ def test_views_are_stored_and_shown_in_turn(tmp_path: Path) -> None:
     assert any("4 views" in note or "176 rows" in note for note in each.loader.notes)
 
 
+def crossing(chain: Any, images: Tensor) -> Tensor:
+    *_, (_, values) = chain.advance(0, [images], [images])
+    return values[0]
+
+
 class Flipped(Images):
     """Every second read is mirrored, whatever is read."""
 
@@ -443,7 +454,7 @@ def test_flips_are_stored_as_exact_pairs(tmp_path: Path) -> None:
         (_, places, rows), *_ = x.batch.pieces
         assert len(places) == len(x)
         chain = chain or chain_of(each.model, images[:BATCH])
-        both = [next(iter(chain.advance(0, [view[x.batch.keys // 2]])))[1][0] for view in (images, images.flip(-1))]
+        both = [crossing(chain, view[x.batch.keys // 2]) for view in (images, images.flip(-1))]
         for place in range(len(x)):
             assert any(torch.allclose(rows.boundary[0][place], view[place], atol=1e-6) for view in both)
 

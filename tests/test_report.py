@@ -1,18 +1,23 @@
 """What a comparison reports: its table, notes, JSON and page."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
-from rows import make_report, make_row, make_trial
+from rows import make_cache, make_cached_trial, make_report, make_row, make_traffic, make_trial
 
 from fxfreeze import page, report
+from fxfreeze.cached import CacheRecord
+from fxfreeze.compare import Trial
+from fxfreeze.recipes import FROM_SCRATCH
 from fxfreeze.report import Report
 from fxfreeze.verdict import caution, verdict
 
@@ -53,6 +58,48 @@ def test_notes_give_events_drift_and_noise() -> None:
     assert "0.40x of plain's time, 0.40x of its FLOPs" in text
     assert "longer than plain" not in text
     assert "plain-short is longer than plain" in "\n".join(report.notes(make_report([make_trial(plain=5.0)])))
+
+
+def test_notes_are_about_each_rival_that_ran() -> None:
+    text = "\n".join(report.notes(make_report([make_cached_trial()])))
+    assert "plain-short is as long as the time of fxfreeze allows: 0.40x of plain's time, 0.40x of its FLOPs.\n" in text
+    assert "plain-short+cache is as long as the time of fxfreeze+cache allows: 0.20x of plain's time, 0.20x" in text
+    assert text.count("ran last") == 1
+    assert "cache" not in "\n".join(report.notes(make_report([make_trial()])))
+
+
+def test_notes_say_where_the_cached_samples_came_from() -> None:
+    """Of 4000 samples: 1100 computed, 900 from disk at 900 MB in 0.5 s, 2000 from RAM at 2 GB in 0.25 s."""
+    text = "\n".join(report.notes(make_report([make_cached_trial(3), make_cached_trial(4)])))
+    assert (
+        "fxfreeze+cache (seed 3): of all samples 28% were computed from the data set, 22% read from disk, "
+        "50% read from RAM. Stores were read at 1.8 GB/s the first time and 8.0 GB/s later."
+    ) in text
+    assert "(seed 4)" not in text
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"),
+    [
+        ([make_traffic(forward=10)], "of all samples 100% were computed from the data set."),
+        (
+            [make_traffic(device=10, seconds=0.01, cold=True)],
+            "of all samples 100% were read from the device's memory. Stores were read at 1.0 GB/s the first time.",
+        ),
+        ([make_traffic(ram=10, seconds=0.01)], "100% were read from RAM. Stores were read at 1.0 GB/s later."),
+    ],
+)
+def test_notes_on_a_cache_claim_no_reading_that_was_not(epochs: list[dict[str, Any]], words: str) -> None:
+    trial = make_cached_trial()
+    trial.rows["fxfreeze+cache"].cache = CacheRecord([], epochs)
+    assert report.notes(make_report([trial]))[-1].endswith(words)
+
+
+def test_notes_pass_by_a_cache_that_gave_nothing() -> None:
+    for epochs in ([], [make_traffic()]):
+        trial = make_cached_trial()
+        trial.rows["fxfreeze+cache"].cache = CacheRecord([], epochs)
+        assert "of all samples" not in "\n".join(report.notes(make_report([trial])))
 
 
 def test_notes_say_when_the_machine_was_disturbed() -> None:
@@ -143,7 +190,42 @@ def test_json_holds_every_figure(tmp_path: Path) -> None:
     assert content["verdict"] == verdict([make_trial(4)])
     assert [each["name"] for each in content["rows"]] == ["plain", "freezeout", "fxfreeze", "plain-short"]
     assert content["rows"][2]["relative_seconds"] == {"mean": 0.4, "spread": None}
+    assert row["cache"] is None
     assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "report.json"]
+
+
+def test_json_tells_what_the_cache_did() -> None:
+    content = json.loads(report.as_json(make_report([make_cached_trial()])))
+    rows = content["trials"][0]["rows"]
+    assert list(rows) == [each["name"] for each in content["rows"]] == list(FROM_SCRATCH)
+    assert rows["fxfreeze+cache"]["cache"] == dataclasses.asdict(make_cache())
+    assert rows["fxfreeze+cache"]["record"]["served"] == rows["fxfreeze+cache"]["record"]["depths"]
+    assert {cache for name, row in rows.items() if (cache := row["cache"]) and name != "fxfreeze+cache"} == set()
+
+
+def test_page_shows_what_the_cache_did() -> None:
+    result = make_report([make_cached_trial(2)])
+    html = page.as_html(result)
+    parsed = Page(html)
+    assert parsed.open == []
+    assert len(parsed.references) == 5
+    assert "Where the cache's samples came from" in parsed.text
+    assert "Each epoch of fxfreeze+cache, seed 2." in parsed.text
+    assert "<li>depth 1 is &lt;stored&gt;</li><li>depth 2 is not stored: too little is left</li>" in html
+    assert "plain-short and plain-short+cache are the rivals that count" in parsed.text
+    without = Page(page.as_html(make_report([make_trial()]))).text
+    assert "Where the cache's" not in without
+    assert "plain-short is the rival that counts" in without
+    assert (
+        "rival"
+        not in next(iter(page.figures(make_report([Trial(0, {"plain": make_row("plain", seconds=1.0)}, True)]))))[1]
+    )
+
+
+def test_a_cache_of_no_epoch_has_no_picture() -> None:
+    trial = make_cached_trial()
+    trial.rows["fxfreeze+cache"].cache = CacheRecord([], [])
+    assert "Where the cache's samples" not in page.as_html(make_report([trial]))
 
 
 def test_json_of_a_diverged_run_is_json() -> None:
@@ -169,9 +251,15 @@ def test_a_failed_write_leaves_the_report_before(tmp_path: Path, monkeypatch: py
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
-@pytest.mark.parametrize("kept", [["plain"], ["fxfreeze"], ["plain", "freezeout"], ["freezeout", "plain-short"]])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *(["plain"], ["fxfreeze"], ["plain", "freezeout"], ["freezeout", "plain-short"], ["fxfreeze+cache"]),
+        *(["plain", "fxfreeze+cache", "plain-short+cache"], ["plain", "fxfreeze", "fxfreeze+cache"]),
+    ],
+)
 def test_any_rows_make_a_page(kept: list[str], tmp_path: Path) -> None:
-    trial = make_trial()
+    trial = make_cached_trial()
     trial.rows = {name: row for name, row in trial.rows.items() if name in kept}
     trial.identical = None
     assert page.write(make_report([trial]), tmp_path).exists()

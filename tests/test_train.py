@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from fxfreeze import checkpoint
 from fxfreeze.batches import Batches, Split
+from fxfreeze.cached import CachedBatches
 from fxfreeze.imports import ChoiceError
 from fxfreeze.model import FreezableModel
 from fxfreeze.recipes import Recipe, Settings, finetune, plain, renew_head, units_of
 from fxfreeze.schedule import Milestones
+from fxfreeze.stored import Boundary
 from fxfreeze.train import Run
 
 FREEZES = (1, 4, 9, 17)  # of the 30 steps of a freezing run: 30 (0.3 + 0.7 i / 4)^3, rounded up
@@ -170,6 +173,70 @@ def test_auxiliary_outputs_are_left_aside() -> None:
     assert runs[0].record.losses == runs[1].record.losses
 
 
+# ---- the cache
+
+
+@pytest.mark.usefixtures("storing")
+def test_the_cache_changes_no_bit_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    original = CachedBatches.__next__
+
+    def note(batches: CachedBatches) -> Any:
+        given.append(original(batches))
+        return given[-1]
+
+    monkeypatch.setattr(CachedBatches, "__next__", note)
+    computed, cached = make_run("fxfreeze"), make_run("fxfreeze+cache")
+    for run in (computed, cached):
+        run.train(30)
+    assert cached.record.losses == computed.record.losses
+    assert cached.record.depths == computed.record.depths
+    assert_same(tensors_of(cached), tensors_of(computed))
+    assert_same(cached._random, computed._random)
+    for step, (images, labels) in enumerate(given):
+        expected = computed.batches[step]
+        assert torch.equal(labels, expected.labels)
+        assert isinstance(images, Boundary) or torch.equal(images, expected.images)
+    assert computed.cache is None
+    assert computed.record.served == [0] * 30
+
+
+@pytest.mark.usefixtures("storing")
+def test_a_run_notes_what_the_cache_gave_it() -> None:
+    """In the first epoch of ten batches there is nothing to read; in the second most batches have what is stored whole."""
+    run = make_run("fxfreeze+cache")
+    run.train(30)
+    record, cache = run.record, run.cache
+    assert cache is not None
+    assert len(record.served) == len(record.depths) == 30
+    assert record.served[:10] == [0] * 10
+    assert all(served <= depth for served, depth in zip(record.served, record.depths, strict=True))
+    assert sum(served > 0 for served in record.served) >= 10
+    assert [sum(epoch["samples"].values()) for epoch in cache.epochs] == [80, 80, 80]
+    assert cache.epochs[0]["samples"] == {"forward": 80}
+    read = sum(count for epoch in cache.epochs for origin, count in epoch["samples"].items() if origin != "forward")
+    assert read >= 8 * sum(served > 0 for served in record.served)
+    assert sum(epoch["bytes"] for epoch in cache.epochs) > 0
+    assert any("storing depth" in note for note in cache.notes)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 14, 30])
+@pytest.mark.usefixtures("storing")
+def test_the_stores_go_with_the_run(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run = make_run("fxfreeze+cache")
+    run.train(steps)
+    assert len(list(tmp_path.iterdir())) == 1
+    del run
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cache_says_nothing_while_it_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run("fxfreeze+cache")
+    run.train(15)
+    assert capsys.readouterr() == ("", "")
+
+
 # ---- taking turns
 
 
@@ -264,6 +331,8 @@ def test_time_is_that_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_freeze_events_are_charged_to_surgery_alone() -> None:
+    cached = make_run("fxfreeze+cache")
+    assert 0 < cached.build_seconds < cached.record.seconds
     surgery, marked = make_run("fxfreeze"), make_run("freezeout")
     compiled = surgery.build_seconds
     assert 0 < compiled == surgery.record.seconds
@@ -278,7 +347,7 @@ def test_freeze_events_are_charged_to_surgery_alone() -> None:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-@pytest.mark.parametrize("name", ["plain", "fxfreeze"])
+@pytest.mark.parametrize("name", ["plain", "fxfreeze", "fxfreeze+cache"])
 def test_autocast_reaches_the_network(name: str, precision: str, dtype: torch.dtype) -> None:
     run = make_run(name, dataclasses.replace(SETTINGS, precision=precision))
     seen = set()

@@ -1,7 +1,7 @@
 """What the figures say: better, tied or lost, and how far that carries."""
 
 import pytest
-from rows import make_row, make_trial
+from rows import make_cached_trial, make_row, make_trial
 
 from fxfreeze.compare import Trial
 from fxfreeze.verdict import average, caution, summarise, verdict
@@ -98,6 +98,61 @@ def test_verdict_of_finetuning_names_the_hand_made_rival() -> None:
     trial = make_trial()
     trial.rows["by-hand"] = make_row("by-hand", seconds=4.0)
     assert "2.00x the time of the same backbone frozen by hand and 0.40x that of plain" in verdict([trial])
+
+
+# ---- with the cache
+
+
+def test_verdict_of_the_cached_row_gives_all_costs() -> None:
+    assert verdict([make_cached_trial()]).startswith(
+        "fxfreeze+cache took 0.50x the time of fxfreeze without the cache, 0.40x that of the same schedule without surgery "
+        "and 0.20x that of plain training. Freezing gained nothing in this one run: "
+    )
+
+
+def test_verdict_is_about_the_cached_pair_where_it_ran() -> None:
+    """fxfreeze beats its own rival, and fxfreeze+cache, as good, is beaten by that which has half the time."""
+    trials = [make_cached_trial(seed, ours=900, short=800, cached_short=940) for seed in range(3)]
+    assert "Freezing lost here: simply training for fewer steps was better, 94.0 ± 0.0% test accuracy" in verdict(
+        trials
+    )
+    trials[1].rows.pop("plain-short+cache")  # then the pair that all seeds have is that without it
+    assert "Freezing won here: 90.0 ± 0.0% test accuracy against 80.0 ± 0.0%" in verdict(trials)
+    assert verdict(trials).startswith("fxfreeze took 0.80 ± 0.00x the time of the same schedule")
+
+
+def test_caution_is_about_the_pair_of_the_verdict() -> None:
+    """They differ on 40 samples: 1.24 points; fxfreeze and its rival on 100: 1.96 points."""
+    trial = make_cached_trial(ours=900, short=800, cached_short=940)
+    assert "gaps up to 1.2 points" in caution([trial])
+    trial.rows.pop("plain-short+cache")
+    assert "gaps up to 2.0 points" in caution([trial])
+
+
+def test_verdict_of_rows_without_freezeout_or_without_fxfreeze() -> None:
+    trial = make_cached_trial()
+    del trial.rows["freezeout"]
+    assert verdict([trial]).startswith(
+        "fxfreeze+cache took 0.50x the time of fxfreeze without the cache and 0.20x that of plain training. Freezing "
+    )
+    del trial.rows["fxfreeze"], trial.rows["plain-short"]
+    assert verdict([trial]).startswith("fxfreeze+cache took 0.20x the time of plain training. Freezing ")
+    alone = Trial(0, {"fxfreeze+cache": trial.rows["fxfreeze+cache"]}, True)
+    assert "nothing to conclude: fxfreeze+cache and plain-short+cache are the pair" in verdict([alone])
+    assert caution([alone]) == ""
+
+
+def test_verdict_of_finetuning_with_the_cache() -> None:
+    trial = make_cached_trial()
+    trial.rows["by-hand"] = make_row("by-hand", seconds=5.0)
+    assert verdict([trial]).startswith(
+        "fxfreeze+cache took 0.50x the time of fxfreeze without the cache, 0.80x that of the same backbone frozen by hand "
+        "and 0.20x that of plain training."
+    )
+
+
+def test_verdict_says_when_the_cached_row_cost_more_than_plain() -> None:
+    assert "plain training for as long tied" in verdict([make_cached_trial(plain=2.0)])
 
 
 def test_average_and_spread() -> None:

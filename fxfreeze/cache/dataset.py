@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fxfreeze.cache import probes
+from fxfreeze.cache.contents import checksum
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.fetch import collated
 from fxfreeze.cache.forms import BatchForm, Inputs
@@ -44,14 +45,26 @@ class KnownData:
         probes.check_dataset(dataset)
         self.length = len(loader.dataset)  # type: ignore[arg-type]
         self._probed = probes.probed(self.length)
-        samples = probes.read(dataset, self._probed)
         self.fixed = views.count == 1 and augmented == "refuse"
         if self.fixed:
-            _refuse_augmentation(dataset, self._probed)
+            _refuse_augmentation(dataset, self._probed, sure=fingerprint is not None)
+        samples = self._read()
         self.form = BatchForm.learn(loader.collate_fn, samples[:_FORM_SAMPLES], inputs, parameters)
         self._examples = self.form.inputs(collated(loader.collate_fn, samples[:_FORM_SAMPLES]))
         self._of_size: dict[int, list[Tensor]] = {}
-        self._digest = probes.digest(samples) if self.fixed else ""
+        self._digest = self._find_digest(samples)
+
+    def _read(self) -> list[Any]:
+        read = probes.read if self.fixed else probes.read_seeded
+        return read(self._loader.dataset, self._probed)
+
+    def _find_digest(self, samples: list[Any]) -> str:
+        """A checksum of what the samples are as a batch, the collate function's part in it included."""
+        if self._fingerprint is not None:
+            return f"fingerprint {self._fingerprint}"
+        batch = collated(self._loader.collate_fn, samples)
+        columns = self.form.rest(batch)
+        return checksum([self.form.checksums(batch), [columns[column.name] for column in self.form.columns]])
 
     @property
     def identity(self) -> Identity:
@@ -59,18 +72,23 @@ class KnownData:
         return {
             "data": f"{kind.__module__}.{kind.__qualname__}",
             "length": self.length,
-            "samples": self._digest if self._fingerprint is None else f"fingerprint {self._fingerprint}",
-            "parts": ", ".join(self.form.names),
+            "samples": self._digest,
+            "parts": f"{', '.join(self.form.names)}; {', '.join(map(str, self.form.columns))}",
             "views": str(self.views),
         }
 
-    def changed(self) -> bool:
-        """Whether the probed samples are others than they were; from now on they are what they are now."""
-        if not self.fixed:
-            return False
-        before = self._digest
-        self._digest = probes.digest(probes.read(self._loader.dataset, self._probed))
-        return self._digest != before
+    def changed(self, *, reread: bool) -> bool:
+        """Whether the data set is another than it was; from now on it is what it is now.
+
+        reread: the probed samples too, if they tell.
+        """
+        length = len(self._loader.dataset)  # type: ignore[arg-type]
+        before = self.length, self._digest
+        if length != self.length:
+            self.length, self._probed = length, probes.probed(length)
+        if length != before[0] or (reread and self.fixed and self._fingerprint is None):
+            self._digest = self._find_digest(self._read())
+        return (self.length, self._digest) != before
 
     def examples(self, size: int) -> list[Tensor]:
         """Inputs like those of a batch of ``size``."""
@@ -80,9 +98,15 @@ class KnownData:
         return self._of_size[size]
 
 
-def _refuse_augmentation(dataset: Any, probed: Sequence[int]) -> None:
+def _refuse_augmentation(dataset: Any, probed: Sequence[int], *, sure: bool) -> None:
+    """sure: the user vouches for samples whose contents can't be told."""
     # A transform that acts on every second sample escapes one pair of reads in two.
-    index = probes.differing(dataset, [*probed] * -(-_LEAST_PAIRS // len(probed)) if probed else [])
+    try:
+        index = probes.differing(dataset, [*probed] * -(-_LEAST_PAIRS // len(probed)) if probed else [])
+    except CacheRefusal:
+        if not sure:
+            raise
+        return
     if index is None:
         return
     names = probes.random_transforms(dataset)

@@ -9,7 +9,7 @@ from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.lock import LOCK, Lock
 from fxfreeze.cache.manifest import MANIFEST, is_shard_name, shard_names
 
-__all__ = ["drop", "finish_drop", "refuse_foreign", "remove_strays"]
+__all__ = ["drop", "finish", "finish_drop", "refuse_foreign", "remove_strays"]
 
 _DROPPED = f"{MANIFEST}.dropped"  # what the manifest is called while its shards are removed
 
@@ -40,6 +40,12 @@ def drop(directory: str | Path) -> None:
         with suppress(OSError):
             folder.rmdir()
         files.point("drop: done")
+
+
+def finish(directory: Path) -> None:
+    """Goes on with a drop that a kill broke off, if there was one. CacheError."""
+    if os.path.lexists(directory / _DROPPED):
+        drop(directory)
 
 
 def _is_store(folder: Path) -> bool:

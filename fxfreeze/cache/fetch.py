@@ -1,16 +1,24 @@
 """The batches of a wrapped loader, in its order, of which only those samples are read that are asked for."""
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.generators import generators_kept
 from fxfreeze.cache.trees import fresh
 
-__all__ = ["Batches", "Fetched", "check_loader", "collated"]
+__all__ = ["Batches", "Fetched", "check_loader", "collated", "draws_at_once"]
 
 
 class Request(NamedTuple):
@@ -94,7 +102,7 @@ class _Requests:
 
     def __iter__(self) -> Iterator[Request]:
         for batch in self._batches:
-            indices = [int(index) for index in batch]
+            indices = [_index(value) for value in batch]
             yield Request(indices, self._missing(indices))
 
     def __len__(self) -> int:
@@ -130,6 +138,23 @@ class _Collate:
         return Fetched(*request, self._collate(samples) if samples else None)
 
 
+def _index(value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise CacheRefusal(
+            f"the sampler gives {value!r}, a {type(value).__qualname__}: rows are stored by whole numbers that index samples"
+        ) from None
+
+
+def draws_at_once(loader: DataLoader[Any]) -> bool:
+    """Whether the loader's sampler draws the order of an epoch all at once, so that asking it early changes nothing."""
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler or getattr(sampler, "replacement", False):
+        return False
+    return type(sampler) in (RandomSampler, SequentialSampler, SubsetRandomSampler, DistributedSampler)
+
+
 def collated(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
     """A batch of samples; random generators that the collate function draws from are left as found."""
     with generators_kept(collate):
@@ -140,6 +165,11 @@ def check_loader(loader: Any) -> None:
     """CacheRefusal for loaders whose batches can't be told apart by samples."""
     if not isinstance(loader, DataLoader):
         raise CacheRefusal(f"loader is a {type(loader).__qualname__}: expected a torch.utils.data.DataLoader")
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise CacheRefusal(
+            f"the loader is a {type(loader).__qualname__} with an __iter__ of its own, whose batches may be others than its "
+            "samples collated; pass a torch.utils.data.DataLoader"
+        )
     if loader.batch_sampler is None:
         raise CacheRefusal(
             "the loader has batch_size=None: its data set makes the batches itself, and no sample has an index of its own; "

@@ -1,5 +1,6 @@
 """What determines the values of a store: the frozen part that computed them, and the data set that they are of."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from types import FunctionType
 from typing import Any
@@ -9,15 +10,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from fxfreeze.cache.contents import dense
+from fxfreeze.cache.contents import ContentsError, checksum, dense
+from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.memory import tensor_bytes
 from fxfreeze.chain import Chain
 from fxfreeze.layouts import order_of
 from fxfreeze.units import Unit
 
-__all__ = ["prefix_identity", "store_name", "weights_digest"]
+__all__ = ["outside", "prefix_identity", "store_name", "weights_digest"]
 
+_INTERNAL = frozenset([*vars(nn.Module()), "training"])
 _PLAIN = (
     type(None),
     bool,
@@ -33,23 +36,40 @@ _PLAIN = (
 )
 
 
-def prefix_identity(net: nn.Module, chain: Chain, depth: int, tensors: Sequence[Tensor], weights: str) -> Identity:
+def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int]) -> Identity:
     """Of the boundary at ``depth``, as ``chain`` computes it from a call with ``tensors``.
 
-    weights: as ``weights_digest`` gives it for the frozen units.
+    slots: which of the loader's inputs each of them is. CacheRefusal for a module whose settings can't be told.
     """
-    plain = chain.frontier(depth).plain
+    plain, units = chain.frontier(depth).plain, chain.ownership.units[:depth]
     return {
-        "network": type(net).__qualname__,
+        "network": type(chain.net).__qualname__,
         "depth": depth,
-        "unit": chain.ownership.units[depth - 1].name,
+        "unit": units[-1].name,
         "graph": xxh3_64_hexdigest("\n".join(_lines(plain)).encode()),
-        "weights": weights,
+        "weights": weights_digest(chain.net, units),
         "dtype": _short(chain.computation.autocast) if chain.computation.autocast else "model",
         "device": chain.computation.device,
         "backend": "plain",
-        "inputs": "; ".join(f"{_short(t.dtype)} {list(t.shape[1:])} {order_of(t)}" for t in tensors),
+        "inputs": "; ".join(
+            f"{slot}: {_short(t.dtype)} {list(t.shape[1:])} {order_of(t)}"
+            for slot, t in zip(slots, tensors, strict=True)
+        ),
     }
+
+
+def outside(chain: Chain, depth: int) -> tuple[tuple[int, int, int], ...]:
+    """What differs once a tensor is another that the graph reads as an attribute: frozen units do not hold all of them."""
+    found = [tensor for _, tensor in _attributes(chain.frontier(depth).plain)]
+    return tuple((id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in found)
+
+
+def _attributes(plain: GraphModule) -> Iterable[tuple[str, Tensor]]:
+    for node in plain.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(plain)
+            if isinstance(value, Tensor):
+                yield str(node.target), value
 
 
 def weights_digest(net: nn.Module, units: Iterable[Unit]) -> str:
@@ -78,10 +98,8 @@ def _lines(plain: GraphModule) -> Iterable[str]:
         yield f"{node.op} {_target(node)} {_text(node.args, number)} {_text(node.kwargs, number)}"
         if node.op == "call_module":
             yield from _settings(plain.get_submodule(str(node.target)))
-    for name, constant in plain._buffers.items():
-        if constant is not None:
-            held = dense(constant.detach().cpu())
-            yield f"{name} {_short(held.dtype)} {list(held.shape)} {xxh3_64_hexdigest(tensor_bytes(held))}"
+    for name, tensor in _attributes(plain):
+        yield f"{name} {checksum(tensor)}"
 
 
 def _target(node: Node) -> str:
@@ -105,8 +123,18 @@ def _text(value: Any, number: dict[Node, int]) -> str:
 def _settings(module: nn.Module) -> Iterable[str]:
     """What a module that is called as a whole computes with, besides its weights."""
     for name, part in module.named_modules():
-        held = {k: _text(v, {}) for k, v in vars(part).items() if not k.startswith("_") and k != "training"}
-        yield f"  {name} {_named(type(part))} {sorted(held.items())} {part.training}"
+        own = {key: value for key, value in vars(part).items() if key not in _INTERNAL}
+        if type(part).__module__.startswith("torch.nn.") and type(part) is not nn.Module:
+            own = {key: _text(value, {}) for key, value in own.items() if not key.startswith("_")}
+        for key, value in own.items():
+            try:
+                yield f"  {name}.{key} {checksum(value)}"
+            except ContentsError as error:
+                raise CacheRefusal(
+                    f"the frozen part can't be cached: {type(part).__qualname__}.{key} is a {error.kind}, and what it computes "
+                    "with can't be told: let it be tensors, numbers or strings, or freeze to a depth before it"
+                ) from error
+        yield f"  {name} {_named(type(part))} {part.training}"
 
 
 def _named(value: Any) -> str:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Blob, Column
-from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CacheRefusal
+from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CacheRefusal, CorruptCache
 from fxfreeze.cache.filling import BatchFill, Filling
-from fxfreeze.cache.identity import prefix_identity, weights_digest
+from fxfreeze.cache.identity import outside, prefix_identity
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.placement import Placement
-from fxfreeze.cache.served import Served, Yielded
+from fxfreeze.cache.served import Called, Served, Yielded
 from fxfreeze.cache.shelf import Shelf, Source
 from fxfreeze.cache.worth import Worth
-from fxfreeze.frontier import NotRowwise
+from fxfreeze.rows import like
+from fxfreeze.rowwise import NotRowwise
 from fxfreeze.sizes import bytes_text
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ _MOST = 0.8  # of a round's samples that a store has to hold before the next dee
 class Library:
     """Works in rounds of the data: what is written in one is read from the next on.
 
-    shelf: of the data set; rest: columns beside the boundary; worth: decides whether to fill; say: tells the user.
+    shelf: of the data set; rest: columns beside the boundary; worth: decides whether to fill; placement: where complete
+    stores serve from; examples: of the model's inputs, as many as asked for; say: tells the user.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Library:
         store_dtype: torch.dtype | None,
         worth: Worth,
         placement: Placement,
+        examples: Callable[[int], list[Tensor]],
         say: Callable[[str], None],
     ) -> None:
         self.model = model
@@ -52,6 +56,7 @@ class Library:
         self.worth = worth
         self.placement = placement
         self.say = say
+        self._examples = examples
         self.filling: Filling | None = None
         self.stopped = False  # nothing is written any more
         self._rest = tuple(rest)
@@ -60,23 +65,27 @@ class Library:
         self._may_begin = False
         self._asked: list[Tensor] = []  # keys of this round, and their number
         self._count = 0
+        self._declined = 0  # the deepest depth that was found not to be worth storing
         self._placed: set[Path] = set()
         self._device: torch.device | None = None  # that the model runs on, once it is known
         self._chain: weakref.ref[Chain] | None = None
-        self._identities: weakref.WeakKeyDictionary[Chain, dict[int, Identity | None]] = weakref.WeakKeyDictionary()
+        # By chain and depth: what it reads beside the frozen units' own, as of then, and the identity.
+        self._identities: weakref.WeakKeyDictionary[Chain, dict[int, tuple[Any, Identity | None]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     # ---- reading
 
     @property
     def sources(self) -> list[Source]:
         """Those that hold, as far as is known, what the model computes at its depth or before; deepest first."""
-        known = self._identities.get(self._chain()) if self._chain is not None and self._chain() is not None else None  # type: ignore[arg-type]
-        return [
-            source
-            for source in self._sources
-            if source.depth <= self.model.depth
-            and (known is None or known.get(source.depth, source.identity) == source.identity)
-        ]
+        return [s for s in self._sources if s.depth <= self.model.depth and self._known(s) is not False]
+
+    def _known(self, source: Source) -> bool | None:
+        """Whether the source was found to hold what the model computes; None if it was never asked."""
+        chain = None if self._chain is None else self._chain()
+        known = {} if chain is None else self._identities.get(chain, {})
+        return known[source.depth][1] == source.identity if source.depth in known else None
 
     @property
     def pinned(self) -> bool:
@@ -91,20 +100,27 @@ class Library:
         return held
 
     @property
-    def complete(self) -> bool:
-        """Whether every row is."""
-        return any(source.store.complete for source in self.sources)
+    def listening(self) -> bool:
+        """Whether what the model computes now may be stored."""
+        return self.filling is not None or (self._may_begin and self.model.depth > self._declined)
 
-    def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool:
-        """Whether the source holds what ``chain`` computes from a call with ``tensors``."""
-        self._meet(chain, tensors)
-        return source in self._sources and self._identity(chain, source.depth, tensors) == source.identity
+    @property
+    def serving(self) -> Source | None:
+        """The deepest complete store of which is known that it holds what the model computes."""
+        return next((source for source in self.sources if source.store.complete and self._known(source)), None)
+
+    def valid(self, source: Source, call: Called) -> bool:
+        """Whether the source holds what is computed from the call."""
+        self._meet(call)
+        return source in self._sources and self._identity(call, source.depth) == source.identity
 
     def lose(self, source: Source, error: CacheError) -> None:
         """Give up a source that can't be read; what it held is computed again."""
         if source in self._sources:
             self._sources.remove(source)
             self.say(f"{source.path.name} can't be used any more, and is filled anew: {error}")
+            if isinstance(error, CorruptCache):
+                self._drop(source)  # or whoever fills it would find the bad row held
 
     # ---- rounds
 
@@ -161,71 +177,91 @@ class Library:
 
     # ---- filling
 
-    def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> BatchFill | None:
-        """What takes the rows of a batch that ``chain`` computes now."""
-        self._meet(chain, tensors)
-        if self._may_begin and self.filling is None:
-            self._begin(chain, batch, tensors)
+    def fill_for(self, call: Called, batch: Yielded | Served) -> BatchFill | None:
+        """What takes the rows of a batch that are computed in this call."""
+        if call.chain.net is not self.model.original:
+            return None
+        self._meet(call)
         filling = self.filling
-        if filling is None or filling.ended or filling.depth > chain.depth:
+        if filling is not None and self.model._forward.training and self._is_of_another(filling, call):
+            self.commit()  # the frozen part is another than it was
+            self.filling = filling = None
+        if filling is None and self._may_begin and call.chain.depth > self._declined:
+            self._begin(call, batch)
+        filling = self.filling
+        if filling is None or filling.ended or filling.depth > call.chain.depth or self._is_of_another(filling, call):
             return None
-        if (
-            isinstance(batch, Served)
-            and all(s.depth >= filling.depth for s, _, _ in batch.pieces)
-            and not batch.fetched
-        ):
-            return None
-        if self._identity(chain, filling.depth, tensors) != filling.identity:
-            return None
-        return BatchFill(filling, batch)
+        return None if self._is_held(batch, filling, call) else BatchFill(filling, batch)
 
-    def _meet(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
-        self._chain = weakref.ref(chain)
-        self._device = tensors[0].device
+    def _is_of_another(self, filling: Filling, call: Called) -> bool:
+        """Whether what is filled is not what this call computes at its depth."""
+        return filling.depth <= call.chain.depth and self._identity(call, filling.depth) != filling.identity
 
-    def _begin(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> None:
-        identity = self._identity(chain, chain.depth, tensors)
-        if identity is None:
-            self._refuse(chain, tensors)
-            return
+    def _is_held(self, batch: Yielded | Served, filling: Filling, call: Called) -> bool:
+        """Whether all of a batch comes from as deep as what is filled."""
+        if isinstance(batch, Yielded) or batch.fetched is not None:
+            return False
+        return all(source.depth >= filling.depth and self.valid(source, call) for source, _, _ in batch.pieces)
+
+    def _meet(self, call: Called) -> None:
+        if call.chain.net is self.model.original:
+            self._chain = weakref.ref(call.chain)
+            self._device = call.tensors[0].device
+
+    def _begin(self, call: Called, batch: Yielded | Served) -> None:
         self._may_begin = False
+        identity = self._identity(call, call.chain.depth)
+        if identity is None:
+            self._refuse(call)
+            return
         served = [s for s in self._sources if s.identity == identity]
         if any(source.store.complete for source in served):
             return
-        if not served and not self.worth.pays(chain, batch, tensors, first=not self.sources):
+        first = not any(self._known(source) for source in self.sources)
+        if not served and not self.worth.pays(call, batch, first=first):
+            self._declined = call.chain.depth  # and it pays less with every step
             return
         self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed, self._rounded)
 
-    def _refuse(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
-        """CacheRefusal if samples are mixed; nothing if this batch is too small to tell."""
+    def _refuse(self, call: Called) -> None:
+        """CacheRefusal that says why the chain's boundary has no rows."""
         try:
-            chain.frontier(chain.depth).rows(tensors)
+            call.chain.frontier(call.chain.depth).rows(self._samples(call))
         except NotRowwise as error:
-            if len(tensors[0]) < 2:
-                return
             raise CacheRefusal(
-                f"the frozen part can't be cached: {error}, so a sample has no activations of its own. Give the layer running "
-                "statistics, or freeze to a depth before it"
+                f"the frozen part can't be cached: {error}, so a sample has no activations of its own. Freeze to a depth "
+                "before it, or change the layer (give a batch norm running statistics)"
             ) from error
+        raise CacheRefusal(
+            f"the frozen part can't be cached: nothing that crosses to the live part at depth {call.chain.depth} is of a sample"
+        )
 
-    def _identity(self, chain: Chain, depth: int, tensors: Sequence[Tensor]) -> Identity | None:
+    def _samples(self, call: Called) -> list[Tensor]:
+        """Different samples of the data set, as the call has them."""
+        count = len(call.tensors[0])
+        examples = self._examples(count if count > 1 else 4)
+        return [like(examples[slot], tensor) for slot, tensor in zip(call.slots, call.tensors, strict=True)]
+
+    def _identity(self, call: Called, depth: int) -> Identity | None:
         """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""
-        known = self._identities.setdefault(chain, {})
-        if depth not in known or (known[depth] is None and len(tensors[0]) > 1):
-            known[depth] = self._find_identity(chain, depth, tensors)
-        return known[depth]
+        known = self._identities.setdefault(call.chain, {})
+        if depth in known and known[depth][0] == outside(call.chain, depth):
+            return known[depth][1]
+        identity = self._find_identity(call, depth)
+        known[depth] = outside(call.chain, depth), identity
+        return identity
 
-    def _find_identity(self, chain: Chain, depth: int, tensors: Sequence[Tensor]) -> Identity | None:
+    def _find_identity(self, call: Called, depth: int) -> Identity | None:
+        chain = call.chain
         if depth > chain.depth or not chain.reaches(depth):
             return None
         try:
             for each in {depth, chain.depth}:
-                if not any(chain.frontier(each).rows(tensors)):
+                if not any(chain.frontier(each).rows(self._samples(call))):
                     return None
         except NotRowwise:
             return None
-        weights = weights_digest(self.model.original, self.model.units[:depth])
-        prefix = prefix_identity(self.model.original, chain, depth, tensors, weights)
+        prefix = prefix_identity(chain, depth, call.tensors, call.slots)
         return self.shelf.whole({**prefix, "stored as": _short(self._store_dtype)})
 
     # ---- stores come and go
@@ -244,7 +280,7 @@ class Library:
 
     def _place(self) -> None:
         """Take the store that serves now into the memory where it should be."""
-        serving = next((source for source in self.sources if source.store.complete), None)
+        serving = self.serving
         if serving is None or serving.resident is not None or serving.path in self._placed or self._device is None:
             return
         self._placed.add(serving.path)
@@ -260,13 +296,13 @@ class Library:
         """A store is complete: those that it was made from are needed no more."""
         size = bytes_text(source.store.nbytes)
         self.say(f"depth {source.depth} is stored: {source.store.held} rows, {size} in {source.path.name}")
-        usable = self.sources
-        for old in [s for s in self._sources if s in usable and s.depth < source.depth]:
+        for old in [s for s in self._sources if s.depth < source.depth and self._known(s)]:
             self._sources.remove(old)
-            try:
-                self.shelf.drop(old.identity)
-            except CacheError:
-                continue  # another run writes it, or the folder is read-only
+            self._drop(old)
+
+    def _drop(self, source: Source) -> None:
+        with suppress(CacheError):  # another run writes it, or the folder is read-only
+            self.shelf.drop(source.identity)
 
     def _rounded(self, error: float) -> None:
         self.say(f"rows are stored as {_short(self._store_dtype)}, with a relative error of {error:.1e}")

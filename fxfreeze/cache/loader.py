@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from fxfreeze.cache.dataset import KnownData
 from fxfreeze.cache.errors import CacheError
-from fxfreeze.cache.fetch import Batches, Fetched, check_loader
+from fxfreeze.cache.fetch import Batches, Fetched, check_loader, draws_at_once
 from fxfreeze.cache.library import Library
 from fxfreeze.cache.placement import Placement
-from fxfreeze.cache.served import Served, Yielded, joined, sums_of
+from fxfreeze.cache.served import Called, Served, Yielded, joined, own, sums_of
 from fxfreeze.cache.shelf import Rows, Shelf, Source
 from fxfreeze.cache.traffic import Traffic
 from fxfreeze.cache.views import Views
@@ -104,16 +105,16 @@ class CachedLoader:
         shelf = Shelf(directory, self._data.identity, length)
         worth = Worth(
             model,
-            shelf.directory,
-            length=length,
-            epoch=self._data.length,
+            shelf,
             when=when,
             max_bytes=max_bytes,
             store_dtype=store_dtype,
             say=self._say,
         )
         kept = Placement(placement, self._say)
-        self._library = Library(model, shelf, self._form.columns, store_dtype, worth, kept, self._say)
+        self._library = Library(
+            model, shelf, self._form.columns, store_dtype, worth, kept, self._data.examples, self._say
+        )
         self._watch = Watch(self._form.names)
         self._watched = 0
         self._batches = Batches(loader, self._missing)
@@ -140,9 +141,14 @@ class CachedLoader:
         self.epoch += 1
         self._begin()
         self.traffic.append(Traffic())
+        complete = self._library.serving is not None
+        # Made here and not when the first batch is asked for, for it draws from the loader's generator.
+        batches = self._batches.epoch(workers=not complete)
+        return self._given_out(batches, ahead=complete and draws_at_once(self.loader))
+
+    def _given_out(self, batches: Iterator[Fetched], *, ahead: bool) -> Iterator[Any]:
         try:
-            complete = self._library.complete and self.model.depth > 0
-            yield from map(self._given, self._looked_up(self._batches.epoch(workers=not complete), ahead=complete))
+            yield from map(self._given, self._looked_up(batches, ahead=ahead))
             self._watch.settle()
         finally:
             self._library.commit()
@@ -152,10 +158,11 @@ class CachedLoader:
     def _begin(self) -> None:
         self._watch.settle()
         self._watch.forget()
-        if self.model.depth and self._data.changed():
+        if self._data.changed(reread=self.model.depth > 0):
             self._say("the data set is another than it was: what is stored is not used any more")
             self._library.forget()
             self._library.shelf.data = self._data.identity
+            self._library.shelf.length = self._data.length * self._views.count
         self._library.begin()
 
     def _say(self, text: str) -> None:
@@ -166,6 +173,7 @@ class CachedLoader:
     # ---- a batch
 
     def _keys(self, indices: list[int]) -> Tensor:
+        indices = [index + self._data.length if index < 0 else index for index in indices]
         return self._views.keys(indices, self.epoch, self._data.length)
 
     def _missing(self, indices: list[int]) -> list[int]:
@@ -180,14 +188,13 @@ class CachedLoader:
             yield from map(self._look_up, batches)
             return
         with ThreadPoolExecutor(1, "fxfreeze-cache") as reader:
-            coming: Future[Looked] | None = None
-            for fetched in batches:
-                following = reader.submit(self._look_up, fetched)
-                if coming is not None:
-                    yield coming.result()
-                coming = following
-            if coming is not None:
-                yield coming.result()
+            coming: deque[Future[Looked]] = deque()
+            for asked in range(len(self)):  # no more than there are: what a sampler does at its end, it does when asked
+                coming.append(reader.submit(self._look_up, next(batches)))
+                if asked:
+                    yield coming.popleft().result()
+            yield from (looked.result() for looked in coming)
+            yield from map(self._look_up, batches)
 
     def _look_up(self, fetched: Fetched) -> Looked:
         keys = self._keys(fetched.indices)
@@ -233,9 +240,9 @@ class CachedLoader:
         """A batch as it is, whose way to the model is watched."""
         if self._views.flip:
             batch = self._form.build(self._views.shown(self._form.inputs(batch), keys), self._form.rest(batch))
-        if self.model.depth or self._watched < _CHECKED:
+        if self._library.listening or self._watched < _CHECKED:
             self._watched += 1
-            self._watch.expect(Yielded(keys, self._form.checksums(batch), self._form.rest(batch)))
+            self._watch.expect(Yielded(keys, self._form.checksums(batch), own(self._form.rest(batch))))
         return batch
 
     def _served(self, looked: Looked, keys: Tensor, places: Tensor, batch: Any) -> Any:
@@ -250,7 +257,7 @@ class CachedLoader:
             fetched = places, inputs
         whole = joined(len(keys), columns)
         sums = whole.pop("")
-        served = Served(self, keys, whole, sums, looked.pieces, fetched)
+        served = Served(self, keys, own(whole), sums, looked.pieces, fetched)
         boundaries = [Boundary(served, slot, example) for slot, example in enumerate(self._examples_of(len(keys)))]
         return self._form.build(boundaries, whole)
 
@@ -263,14 +270,17 @@ class CachedLoader:
 
     def received(self, tensors: Sequence[Tensor], chain: Chain | None) -> Fill | None:
         """A call of the model: the rows of which batch it will compute."""
-        batch = self._watch.match(tensors)
-        return None if batch is None or chain is None else self._library.fill_for(chain, batch, tensors)
+        found = self._watch.match(tensors, training=self.model._forward.training)
+        if found is None or chain is None:
+            return None
+        batch, slots = found
+        return self._library.fill_for(Called(chain, tensors, slots), batch)
 
-    def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool:
-        return self._library.valid(source, chain, tensors)
+    def valid(self, source: Source, call: Called) -> bool:
+        return self._library.valid(source, call)
 
-    def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> Fill | None:
-        return self._library.fill_for(chain, batch, tensors)
+    def fill_for(self, call: Called, batch: Yielded | Served) -> Fill | None:
+        return self._library.fill_for(call, batch)
 
     def inputs_of(self, keys: Tensor) -> list[Tensor]:
         """The model's inputs of these rows, read from the data set."""

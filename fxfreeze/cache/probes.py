@@ -1,9 +1,11 @@
 """The samples that a data set is known by: read anew each epoch, and twice to find random augmentation."""
 
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 
 from fxfreeze.cache.contents import ContentsError, checksum
@@ -12,7 +14,7 @@ from fxfreeze.cache.generators import generators_kept
 from fxfreeze.cache.transforms import random_transforms
 from fxfreeze.cache.trees import qualified
 
-__all__ = ["check_dataset", "differing", "digest", "probed", "random_transforms", "read"]
+__all__ = ["check_dataset", "differing", "digest", "probed", "random_transforms", "read", "read_seeded"]
 
 _SEED = 20170615
 
@@ -41,6 +43,16 @@ def probed(length: int) -> list[int]:
 def read(dataset: Any, indices: Sequence[int]) -> list[Any]:
     """The samples, as a DataLoader reads them. Random generators are left as found, whatever the data set raises."""
     with generators_kept(dataset):
+        return _samples(dataset, indices)
+
+
+def read_seeded(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """The samples, with the global generators seeded: random augmentation draws the same in any process."""
+    with generators_kept(dataset):
+        torch.manual_seed(_SEED)
+        random.seed(_SEED)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(_SEED)
         return _samples(dataset, indices)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,15 +17,23 @@ from fxfreeze.stored import Fill, Part
 if TYPE_CHECKING:
     from fxfreeze.chain import Chain
 
-__all__ = ["Provider", "Served", "Yielded", "joined", "sums_of"]
+__all__ = ["Called", "Provider", "Served", "Yielded", "joined", "own", "sums_of"]
+
+
+class Called(NamedTuple):
+    """A call of the model. slots: which of the loader's inputs each tensor is."""
+
+    chain: Chain
+    tensors: Sequence[Tensor]
+    slots: Sequence[int]
 
 
 class Provider(Protocol):
     """The loader, as its batches see it."""
 
-    def valid(self, source: Source, chain: Chain, tensors: Sequence[Tensor]) -> bool: ...
+    def valid(self, source: Source, call: Called) -> bool: ...
 
-    def fill_for(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]) -> Fill | None: ...
+    def fill_for(self, call: Called, batch: Yielded | Served) -> Fill | None: ...
 
     def inputs_of(self, keys: Tensor) -> list[Tensor]: ...
 
@@ -68,30 +76,31 @@ class Served:
         depths = [source.depth for source, _, _ in self.pieces]
         self.depth, self.least = max(depths), 0 if self.fetched else min(depths)
 
-    def parts(self, chain: Chain, tensors: Sequence[Tensor]) -> list[Part]:
+    def parts(self, chain: Chain, tensors: Sequence[Tensor], slots: Sequence[int]) -> list[Part]:
+        call = Called(chain, tensors, slots)
         parts, lost = [], []
         for source, places, rows in self.pieces:
-            if self.provider.valid(source, chain, tensors):
-                device = tensors[0].device
-                moved = [row.to(device, non_blocking=True) for row in rows.boundary]
+            if self.provider.valid(source, call):
+                moved = [row.to(tensors[0].device, non_blocking=True) for row in rows.boundary]
                 parts.append(Part(source.depth, None if len(places) == self.size else places, moved))
             else:
                 lost.append(places)
         if self.fetched is not None:
-            parts.append(self._inputs_part(*self.fetched, tensors))
+            parts.append(self._inputs_part(*self.fetched, call))
         if lost:
-            places = torch.cat(lost)
-            parts.append(self._inputs_part(places, self.provider.inputs_of(self.keys[places]), tensors))
+            places = torch.cat(lost).sort().values
+            parts.append(self._inputs_part(places, self.provider.inputs_of(self.keys[places]), call))
         return parts
 
-    def fill(self, chain: Chain, tensors: Sequence[Tensor]) -> Fill | None:
-        return self.provider.fill_for(chain, self, tensors)
+    def fill(self, chain: Chain, tensors: Sequence[Tensor], slots: Sequence[int]) -> Fill | None:
+        return self.provider.fill_for(Called(chain, tensors, slots), self)
 
     def inputs(self) -> list[Tensor]:
         return self.provider.inputs_of(self.keys)
 
-    def _inputs_part(self, places: Tensor, inputs: list[Tensor], tensors: Sequence[Tensor]) -> Part:
-        moved = [like(tensor, example) for tensor, example in zip(inputs, tensors, strict=True)]
+    def _inputs_part(self, places: Tensor, inputs: list[Tensor], call: Called) -> Part:
+        """places: ascending."""
+        moved = [like(inputs[slot], tensor) for slot, tensor in zip(call.slots, call.tensors, strict=True)]
         return Part(0, None if len(places) == self.size else places, moved)
 
 
@@ -99,6 +108,11 @@ def sums_of(sums: list[list[int]]) -> Tensor:
     """(n,) int64: one checksum for each row, of those of its input leaves."""
     rows = sums[0] if len(sums) == 1 else [xxh3_64_intdigest(repr(row).encode()) for row in zip(*sums, strict=True)]
     return torch.tensor(rows, dtype=torch.uint64).view(torch.int64)
+
+
+def own(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies: a training loop may change the labels that it was given."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in columns.items()}
 
 
 def joined(size: int, pieces: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> dict[str, Any]:

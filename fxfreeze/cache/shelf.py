@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Blob, Column
-from fxfreeze.cache.drop import drop
+from fxfreeze.cache.drop import drop, finish
 from fxfreeze.cache.encoding import Encoding
 from fxfreeze.cache.errors import CacheError, CorruptCache, StaleCache
 from fxfreeze.cache.identity import store_name
@@ -82,6 +82,8 @@ class Shelf:
         """Of the stores that are there for this data set, deepest first."""
         found = []
         for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
+            with suppress(CacheError):
+                finish(path)
             try:
                 identity = read_manifest(path).identity
             except CacheError:

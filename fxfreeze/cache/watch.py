@@ -47,8 +47,11 @@ class Watch:
         self._yielded.clear()
         self._stranger = None
 
-    def match(self, tensors: Sequence[Tensor]) -> Yielded | None:
-        """The batch whose inputs these are, the last one first. CacheRefusal if it has inputs that these lack."""
+    def match(self, tensors: Sequence[Tensor], *, training: bool) -> tuple[Yielded, list[int]] | None:
+        """The batch whose inputs these are, the last one first, and which input each of them is.
+
+        training: whether another call would be in the batch's place. CacheRefusal if the batch has inputs that these lack.
+        """
         if not self._yielded:
             return None
         sums = [list(map(xxh3_64_intdigest, row_bytes(t.detach().cpu()))) if t.dim() else [] for t in tensors]
@@ -61,6 +64,7 @@ class Watch:
                         "receives"
                     )
                 batch.seen = True
-                return batch
-        self._stranger = tensors
+                return batch, [batch.sums.index(each) for each in sums]
+        if training:
+            self._stranger = tensors
         return None

@@ -17,9 +17,11 @@ from fxfreeze.cache.columns import Column
 from fxfreeze.cache.encoding import Encoding
 from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.files import translated
-from fxfreeze.cache.served import Served, Yielded
+from fxfreeze.cache.served import Called, Served, Yielded
+from fxfreeze.cache.shelf import Shelf
 from fxfreeze.cache.store import Store
 from fxfreeze.cache.writer import StoreWriter
+from fxfreeze.randomness import random_state_kept
 from fxfreeze.rows import batch_size, resized
 from fxfreeze.sizes import bytes_text, seconds_text
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from fxfreeze.chain import Chain
     from fxfreeze.model import FreezableModel
 
-__all__ = ["Worth"]
+__all__ = ["Worth", "computed", "stored"]
 
 LEAST_FREE = 0.05  # of a disk: a cache never takes it
 _ROUNDS = 3
@@ -35,37 +37,34 @@ _MORE = 4  # times a batch's rows in the larger of two trial stores
 
 
 class Worth:
-    """when: "auto" or "always"; max_bytes: of a store; length: its rows; epoch: samples of one."""
+    """shelf: where; when: "auto" or "always"; max_bytes: of a store."""
 
     def __init__(
         self,
         model: FreezableModel,
-        directory: Path,
+        shelf: Shelf,
         *,
-        length: int,
-        epoch: int,
         when: Literal["auto", "always"],
         max_bytes: int | None,
         store_dtype: torch.dtype | None,
         say: Callable[[str], None],
     ) -> None:
         self.model = model
-        self.directory = directory
-        self.length = length
-        self.epoch = epoch
+        self.shelf = shelf
         self.when = when
         self.max_bytes = max_bytes
         self.store_dtype = store_dtype
         self.say = say
 
-    def pays(self, chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor], *, first: bool) -> bool:
+    def pays(self, call: Called, batch: Yielded | Served, *, first: bool) -> bool:
         """Whether to fill a store at the chain's depth, said to the user in one line.
 
         first: there is none to go on from, so that all later ones are made from this one.
         """
-        start, values, inputs = _known(chain, batch, tensors)
-        seconds, rows = _computed(chain, start, values, inputs)
-        size = self.length * sum(column.width for column in Encoding.of(rows, self.store_dtype).columns)
+        chain = call.chain
+        start, values, inputs = _known(call, batch)
+        seconds, rows = computed(chain, start, values, inputs)
+        size = self.shelf.length * sum(column.width for column in Encoding.of(rows, self.store_dtype).columns)
         try:
             reason = self._no_room(size)
             text, pays = (reason, False) if reason else self._weighed(seconds / len(rows[0]), rows, first, batch.keys)
@@ -78,7 +77,7 @@ class Worth:
     def _weighed(self, compute: float, rows: list[Tensor], first: bool, keys: Tensor) -> tuple[str, bool]:
         if self.when == "always":
             return 'when="always"', True
-        write, read = _stored(self.directory, rows, self.store_dtype)
+        write, read = stored(self.shelf.directory, rows, self.store_dtype)
         reads = self._reads(len(keys), first)
         until = "to the end of training" if first else "until the next freeze"
         times = "as often as training goes on" if math.isinf(reads) else f"{reads:.1f} times {until}"
@@ -102,13 +101,15 @@ class Worth:
             later = [at for at in schedule.freeze_steps(units) if at is not None and at > step]
             steps = min(later, default=math.inf if end is None else end) - step
             # Its rows are what the next store is made from, whenever that is.
-            return max(1.0, steps * batch / self.epoch)
-        return steps * batch / self.epoch - 1
+            return max(1.0, steps * batch / self.shelf.length)
+        return steps * batch / self.shelf.length - 1
 
     def _no_room(self, size: int) -> str | None:
         if self.max_bytes is not None and size > self.max_bytes:
             return f"it takes {bytes_text(size)}, and max_bytes is {bytes_text(self.max_bytes)}"
-        folder = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        folder = next(
+            path for path in (self.shelf.directory, *self.shelf.directory.absolute().parents) if path.exists()
+        )
         disk = shutil.disk_usage(folder)
         if size > disk.free - LEAST_FREE * disk.total:
             return (
@@ -118,28 +119,31 @@ class Worth:
         return None
 
 
-def _known(
-    chain: Chain, batch: Yielded | Served, tensors: Sequence[Tensor]
-) -> tuple[int, Sequence[Any], Sequence[Tensor]]:
+def _known(call: Called, batch: Yielded | Served) -> tuple[int, Sequence[Any], Sequence[Tensor]]:
     """(depth, values there, inputs of as many samples) of the largest part of a batch that is at one depth."""
     if isinstance(batch, Yielded):
-        return 0, tensors, tensors
-    part = max(batch.parts(chain, tensors), key=lambda part: len(part.rows[0]))
-    inputs = resized(tensors, len(part.rows[0]))
-    return part.depth, part.rows if part.depth == 0 else chain.frontier(part.depth).completed(part.rows, inputs), inputs
+        return 0, call.tensors, call.tensors
+    part = max(batch.parts(*call), key=lambda part: len(part.rows[0]))
+    inputs = resized(call.tensors, len(part.rows[0]))
+    if part.depth == 0:
+        return 0, part.rows, inputs
+    return part.depth, call.chain.frontier(part.depth).completed(part.rows, inputs), inputs
 
 
-def _computed(chain: Chain, start: int, values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """Seconds from there to the chain's depth, and the rows there."""
+def computed(chain: Chain, start: int, values: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """Seconds from there to the chain's depth, and the rows there. Random state is left as found."""
     seconds = []
-    for _ in range(1 + _ROUNDS):  # the first one builds, and warms up
-        began = _now(inputs)
-        *_, (depth, computed) = chain.advance(start, values) if start < chain.depth else [(start, values)]
-        seconds.append(_now(inputs) - began)
-    return min(seconds[1:]), chain.frontier(depth).chosen(computed, inputs)
+    depth, found = start, values
+    with random_state_kept():
+        for _ in range(1 + _ROUNDS):  # the first one builds, and warms up
+            began = _now(inputs)
+            if start < chain.depth:
+                *_, (depth, found) = chain.advance(start, values, inputs)
+            seconds.append(_now(inputs) - began)
+    return min(seconds[1:]), chain.frontier(depth).chosen(found, inputs)
 
 
-def _stored(directory: Path, rows: list[Tensor], store_dtype: torch.dtype | None) -> tuple[float, float]:
+def stored(directory: Path, rows: list[Tensor], store_dtype: torch.dtype | None) -> tuple[float, float]:
     """Seconds a row to write and to read, on the disk that the store will be on. CacheError."""
     encoding = Encoding.of(rows, store_dtype)
     encoded = {name: value.cpu() for name, value in encoding.encode(rows).items()}
