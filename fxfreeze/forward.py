@@ -85,6 +85,8 @@ class Forward:
         """From the tensors of a call."""
         chain, tensors = plan.chain, call.tensors
         fills = self._show(call, chain)
+        if not self.training and not self.batch_size:
+            fills = []  # it is not known yet how training will compute a row
         count = batch_size(tensors)
         if (self.training or fills) and count is not None and count < self.batch_size and self._pads(chain, tensors):
             rows = self._rows(call, plan, Part(0, None, tensors), fills)
@@ -115,7 +117,7 @@ class Forward:
         chain, tensors = plan.chain, call.tensors
         try:
             parts = batch.parts(chain, tensors, call.slots)
-            fill = batch.fill(chain, tensors, call.slots)
+            fill = batch.fill(chain, tensors, call.slots) if self.training or self.batch_size else None
             rows = [(part.places, self._rows(call, plan, part, [] if fill is None else [fill])) for part in parts]
             values = chain.frontier(chain.depth).completed(_together(batch.size, rows), tensors)
         except NotRowwise:

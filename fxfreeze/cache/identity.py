@@ -36,10 +36,10 @@ _PLAIN = (
 )
 
 
-def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int]) -> Identity:
+def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int], batch: int) -> Identity:
     """Of the boundary at ``depth``, as ``chain`` computes it from a call with ``tensors``.
 
-    slots: which of the loader's inputs each of them is. CacheRefusal for a module whose settings can't be told.
+    slots: which of the loader's inputs each of them is; batch: how many samples it computes at a time. CacheRefusal for a module whose settings can't be told.
     """
     plain, units = chain.frontier(depth).plain, chain.ownership.units[:depth]
     return {
@@ -51,6 +51,7 @@ def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: 
         "dtype": _short(chain.computation.autocast) if chain.computation.autocast else "model",
         "device": chain.computation.device,
         "backend": "plain",
+        "batch": batch,
         "inputs": "; ".join(
             f"{slot}: {_short(t.dtype)} {list(t.shape[1:])} {order_of(t)}"
             for slot, t in zip(slots, tensors, strict=True)

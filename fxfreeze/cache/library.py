@@ -245,11 +245,10 @@ class Library:
     def _identity(self, call: Called, depth: int) -> Identity | None:
         """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""
         known = self._identities.setdefault(call.chain, {})
-        if depth in known and known[depth][0] == outside(call.chain, depth):
-            return known[depth][1]
-        identity = self._find_identity(call, depth)
-        known[depth] = outside(call.chain, depth), identity
-        return identity
+        signs = self.model._forward.batch_size, outside(call.chain, depth)
+        if depth not in known or known[depth][0] != signs:
+            known[depth] = signs, self._find_identity(call, depth)
+        return known[depth][1]
 
     def _find_identity(self, call: Called, depth: int) -> Identity | None:
         chain = call.chain
@@ -261,7 +260,7 @@ class Library:
                     return None
         except NotRowwise:
             return None
-        prefix = prefix_identity(chain, depth, call.tensors, call.slots)
+        prefix = prefix_identity(chain, depth, call.tensors, call.slots, self.model._forward.batch_size)
         return self.shelf.whole({**prefix, "stored as": _short(self._store_dtype)})
 
     # ---- stores come and go
