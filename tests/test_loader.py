@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached import BATCH, SAMPLES, Images, Training, assert_alike, loader_of, milestones, network, training
+from cached import BATCH, SAMPLES, Images, Training, assert_alike, loader_of, network, training
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler
 
@@ -326,7 +326,7 @@ def test_other_values_between_loader_and_model_are_refused(tmp_path: Path) -> No
         each = training(tmp_path, freezes=(units,))
         each.inputs = lambda batch: batch[0] * 0.5 + batch[0].flip(0) * 0.5
         with pytest.raises(
-            CacheRefusal, match="the model was given other values .* than the 0 that the loader yielded"
+            CacheRefusal, match=r"the model was given other values .* than the 0 that the loader yielded"
         ):
             each.epoch()
         assert len(each.losses) == 1
@@ -381,7 +381,7 @@ class BatchStatistics(nn.Module):
 def test_a_prefix_that_mixes_samples_is_refused_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     each = training(tmp_path, net=BatchStatistics(), freezes=((0.0, 2),))
-    with pytest.raises(CacheRefusal, match="the frozen part can't be cached: norm .* mixes the samples of a batch"):
+    with pytest.raises(CacheRefusal, match=r"the frozen part can't be cached: norm .* mixes the samples of a batch"):
         each.epoch()
     shallow = training(tmp_path, net=BatchStatistics(), freezes=((0.0, 1),))
     for _ in range(2):

@@ -225,7 +225,7 @@ def test_a_hook_on_a_frozen_module(tmp_path: Path) -> None:
     Training(tmp_path, milestones={"mid": 0}).epochs(1)
     net = make_net()
     _hook(net, 3.0)
-    with pytest.raises(CacheRefusal, match="the frozen part can't be cached: .* has a forward hook"):
+    with pytest.raises(CacheRefusal, match=r"the frozen part can't be cached: .* has a forward hook"):
         Training(tmp_path, net=net, milestones={"mid": 0}).epochs(2)
 
 

@@ -39,7 +39,8 @@ _PLAIN = (
 def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int], batch: int) -> Identity:
     """Of the boundary at ``depth``, as ``chain`` computes it from a call with ``tensors``.
 
-    slots: which of the loader's inputs each of them is; batch: how many samples it computes at a time. CacheRefusal for a module whose settings can't be told.
+    slots: which of the loader's inputs each of them is; batch: how many samples it computes at a time.
+    CacheRefusal for a module whose settings can't be told.
     """
     plain, units = chain.frontier(depth).plain, chain.ownership.units[:depth]
     return {

@@ -245,7 +245,7 @@ class Library:
     def _identity(self, call: Called, depth: int) -> Identity | None:
         """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""
         known = self._identities.setdefault(call.chain, {})
-        signs = self.model._forward.batch_size, outside(call.chain, depth)
+        signs = self.model._forward.batch_size, tuple(call.slots), outside(call.chain, depth)
         if depth not in known or known[depth][0] != signs:
             known[depth] = signs, self._find_identity(call, depth)
         return known[depth][1]
