@@ -51,7 +51,7 @@ class CachedBatches:
         self._loader = CachedLoader(loader, model, folder)
         self._loader.tell = lambda text: None  # type: ignore[method-assign]
         self._stream = _endless(self._loader)
-        weakref.finalize(self, _end, self._stream, folder)  # the stores go with the run
+        self.close = weakref.finalize(self, _end, self._stream, folder)  # at the latest, the stores go with the run
 
     def __next__(self) -> Any:
         return next(self._stream)
@@ -78,6 +78,8 @@ def rehearse(net: nn.Module, batches: Batches) -> None:
             model(images)
     except CacheRefusal as error:
         raise ChoiceError(f"{CACHED} can't be: {error}; or name the other rows with --rows") from error
+    finally:
+        stream.close()
 
 
 def _endless(loader: Any) -> Generator[Any]:

@@ -124,7 +124,7 @@ class Boundary:
         return f"Boundary(depth={self.depth}, {self.batch.size} samples, device={str(self.device)!r})"
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("batch", "slot", "example"):  # not set yet: a copy being made
+        if name.startswith("__") or name in ("batch", "slot", "example"):  # asked for while a copy is made
             raise AttributeError(name)
         raise AttributeError(self._message(f".{name}"))
 

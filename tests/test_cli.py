@@ -145,7 +145,10 @@ def test_a_network_that_can_t_be_cached_gets_one_line(
         raise AssertionError("something trains")
 
     monkeypatch.setattr(Run, "_step", trains)
+    Path("temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", "temporary")
     assert main([*mixing, *arguments]) == 2
+    assert not list(Path("temporary").iterdir())
     line = one_line(capsys)
     assert "error: fxfreeze+cache can't be: the frozen part can't be cached: " in line
     assert "mixes the samples of a batch" in line

@@ -78,9 +78,9 @@ def test_killed_at_every_point(killed: tuple[Path, list[dict[str, Any]]]) -> Non
 
 @pytest.mark.slow
 def test_a_drop_that_was_killed_is_gone_on_with(killed: tuple[Path, list[dict[str, Any]]]) -> None:
-    """What nothing reads any more does not stay on the disk for good."""
-    left = {tuple(name[:3] for name in folders(path)) for path in killed[0].glob("*/cache")}
-    assert left == {("002",)}
+    """What nothing reads any more does not stay on the disk for good; an empty folder, or one with a lock, may."""
+    left = {path.parent.name[:3] for path in killed[0].glob("*/cache/*/*") if path.name != "lock"}
+    assert left == {"002"}
 
 
 def test_points_that_a_training_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

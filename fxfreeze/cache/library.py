@@ -62,7 +62,7 @@ class Library:
         self._rest = tuple(rest)
         self._store_dtype = store_dtype
         self._sources: list[Source] = []  # deepest first
-        self._may_begin = False
+        self._may_begin = self._may_retire = False
         self._asked: list[Tensor] = []  # keys of this round, and their number
         self._count = 0
         self._declined = 0  # the deepest depth that was found not to be worth storing
@@ -137,6 +137,7 @@ class Library:
         self._discover()
         self._place()
         self._may_begin = not self.stopped
+        self._may_retire = True
         if self.filling is not None and self.filling.depth < self.model.depth and self._mostly_held():
             self.filling = None  # some samples may never be asked for; what is missing is made from what there is
         self._asked, self._count = [], 0
@@ -182,6 +183,7 @@ class Library:
         if call.chain.net is not self.model.original:
             return None
         self._meet(call)
+        self._retire(call)
         filling = self.filling
         if filling is not None and self.model._forward.training and self._is_of_another(filling, call):
             self.commit()  # the frozen part is another than it was
@@ -296,10 +298,21 @@ class Library:
         size = bytes_text(source.store.nbytes)
         self.say(f"depth {source.depth} is stored: {source.store.held} rows, {size} in {source.path.name}")
         for old in [s for s in self._sources if s.depth < source.depth and self._known(s)]:
-            self._sources.remove(old)
             self._drop(old)
 
+    def _retire(self, call: Called) -> None:
+        """Drop, once a round, the stores that the one that serves was made from: a run that was killed did not come to it."""
+        serving = self.serving
+        if serving is None or not self._may_retire:
+            return
+        self._may_retire = False
+        for old in [s for s in self._sources if s.depth < serving.depth]:
+            if self.valid(old, call):
+                self._drop(old)
+
     def _drop(self, source: Source) -> None:
+        if source in self._sources:
+            self._sources.remove(source)
         with suppress(CacheError):  # another run writes it, or the folder is read-only
             self.shelf.drop(source.identity)
 
