@@ -13,7 +13,7 @@ from fxfreeze.cache.index import ROW, SHARD, RowIndex
 from fxfreeze.cache.memory import Region, sparse_zeros, tensor_bytes
 from fxfreeze.cache.shard import Shard
 
-__all__ = ["HUGE", "NARROW", "Rows", "check_rows"]
+__all__ = ["HUGE", "NARROW", "Rows", "check_rows", "copy_rows"]
 
 # Rows of fewer bytes are joined and copied at once: a copy of each would cost more than its bytes.
 NARROW = 512
@@ -78,7 +78,7 @@ class Rows:
             elif column.width < HUGE:
                 self._select(self._starts_of(k, samples), column, value)
             else:
-                _copy(self._starts_of(k, samples).tolist(), column.width, self._region.view, tensor_bytes(value))
+                copy_rows(self._starts_of(k, samples).tolist(), column.width, self._region.view, tensor_bytes(value))
         if check:
             self._compare(numbers, sums)
         return batch
@@ -131,7 +131,8 @@ def _sum_and_copy(starts: list[int], width: int, source: memoryview, target: mem
     return sums
 
 
-def _copy(starts: list[int], width: int, source: memoryview, target: memoryview) -> None:
+def copy_rows(starts: list[int], width: int, source: memoryview, target: memoryview) -> None:
+    """Bytes from each of ``starts`` on, one row after the other."""
     for row, start in enumerate(starts):
         target[row * width : (row + 1) * width] = source[start : start + width]
 

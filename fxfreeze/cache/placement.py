@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Column
+from fxfreeze.cache.gather import copy_rows
+from fxfreeze.cache.memory import tensor_bytes
 from fxfreeze.cache.store import Store
 from fxfreeze.sizes import bytes_text
 
@@ -48,7 +50,10 @@ class Resident:
             elif value.is_cuda:
                 read[name] = value.index_select(0, keys.to(value.device, non_blocking=True))
             else:
-                read[name] = torch.index_select(value, 0, keys, out=out.get(name))
+                read[name] = target = out.get(name, value.new_empty((len(keys), *value.shape[1:])))
+                width = value[:1].nbytes
+                # Not by torch: the threads that it would start beside those of training are worse than one.
+                copy_rows([key * width for key in keys.tolist()], width, tensor_bytes(value), tensor_bytes(target))
         return read
 
 
