@@ -38,6 +38,7 @@ class Rows:
         self._all_wide = all(self._wide) and bool(columns)
         self._starts = [sparse_zeros(length if wide else 0) for wide in self._wide]
         self._sums = sparse_zeros(length)
+        self._overlapping: dict[int, Tensor] = {}  # by bytes of a row
         self._fast_sums = tensor_bytes(self._sums).cast("Q")
 
     def add(self, shard: Shard) -> None:
@@ -85,14 +86,17 @@ class Rows:
 
     def _starts_of(self, k: int, samples: Tensor) -> Tensor:
         starts = torch.index_select(self._starts[k], 0, samples)  # and not self._starts[k][samples]: -1 is no sample
-        if not bool(starts.all()):
+        if self.index.rows < len(self._starts[k]) and not bool(starts.all()):
             self.index.places(samples.tolist())
         return starts
 
     def _select(self, starts: Tensor, column: Column, value: Tensor) -> None:
         """One call for all rows: every byte of the region starts a row of a view whose rows overlap."""
         data = self._region.data
-        overlapping = data.as_strided((len(data) - column.width + 1, column.width), (1, 1))
+        overlapping = self._overlapping.get(column.width)
+        if overlapping is None:
+            overlapping = data.as_strided((len(data) - column.width + 1, column.width), (1, 1))
+            self._overlapping[column.width] = overlapping
         target = value.detach().view(len(starts), column.numel).view(torch.uint8)
         torch.index_select(overlapping, 0, starts, out=target)
 
