@@ -74,6 +74,8 @@ class Forward:
 
     def _show(self, call: "_Call", chain: Chain | None = None) -> list[Fill]:
         """Let the taps see the tensors of a call; ``chain``: what computes the boundary from them."""
+        if torch.compiler.is_compiling():
+            return []  # Dynamo can't follow what looks at values
         taps = [tap for ref in self._taps if (tap := ref()) is not None]
         return [fill for tap in taps if (fill := tap.received(call.tensors, chain)) is not None]
 
