@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from fxfreeze.kept import ModuleState
 from fxfreeze.randomness import random_state_kept
 
-__all__ = ["kept_whole", "rehearsed"]
+__all__ = ["kept_whole", "rehearsed", "state_of"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -26,11 +26,17 @@ def _computes_only(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and not hooked
 
 
+def state_of(whole: Sequence[nn.Module]) -> ModuleState:
+    """What these modules, and those within, hold now."""
+    modules = {id(m): m for each in whole for m in each.modules()}.values()
+    return ModuleState((str(i), module) for i, module in enumerate(modules))
+
+
 @contextlib.contextmanager
 def rehearsed(whole: Sequence[nn.Module]) -> Iterator[None]:
     """Within, the hooks of these modules are off; attributes and buffers that they change are put back at the end."""
     modules = {id(m): m for each in whole for m in each.modules()}.values()
-    state = ModuleState((str(i), module) for i, module in enumerate(modules))
+    state = state_of(whole)
     buffers = [(b, b._version, b.clone()) for m in modules for b in m._buffers.values() if b is not None]
     hooks = [(live, dict(live)) for module in modules for live in (getattr(module, name) for name in _HOOKS)]
     for live, _ in hooks:

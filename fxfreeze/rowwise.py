@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxfreeze.kept import ModuleState
 from fxfreeze.randomness import random_state_kept
-from fxfreeze.rehearsal import rehearsed
+from fxfreeze.rehearsal import rehearsed, state_of
 from fxfreeze.rewrite import place
 from fxfreeze.rows import batch_size, take
 from fxfreeze.runtime import bound_of, relative_error
@@ -34,7 +33,7 @@ def find_rows(
 
     names: of the outputs; inputs: of a call; whole: modules that may do more than compute. NotRowwise, Undecided.
     """
-    _refuse_side_effects(plain, whole)
+    _refuse_hooks(plain)
     count, other = _two_samples(inputs)
     few = list(range(min(count, 4)))
     few = [0, other, *(s for s in few if s not in (0, other))][: max(2, len(few))]
@@ -55,7 +54,7 @@ def find_rows(
     return kinds
 
 
-def _refuse_side_effects(plain: GraphModule, whole: Sequence[nn.Module]) -> None:
+def _refuse_hooks(plain: GraphModule) -> None:
     for node in plain.graph.nodes:
         if node.op == "call_module":
             module = plain.get_submodule(str(node.target))
@@ -96,9 +95,8 @@ class _Run(Interpreter):
         self.size = len(samples)
         self.made: dict[Node, Any] = {}
         taken = [take(value, torch.tensor(samples)) if isinstance(value, Tensor) else value for value in inputs]
-        modules = {id(m): m for each in whole for m in each.modules()}.values()
-        state = ModuleState((str(i), module) for i, module in enumerate(modules))
         with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random, rehearsed(whole):
+            state = state_of(whole)  # as rehearsed, without hooks
             try:
                 self.outputs = self.run(*taken)
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:

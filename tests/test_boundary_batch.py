@@ -1,6 +1,7 @@
 """What stands for a stored batch, the rows of a boundary, and when storing pays."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,23 @@ def test_what_is_no_number_does_not_count_as_mixed() -> None:
     broken = X.clone()
     broken[0, 0] = float("nan")
     assert rows_of(lambda net, x: net.linear(x), broken) == (True,)
+
+
+def test_torch_s_own_hooks_only_prepare_weights(tmp_path: Path) -> None:
+    """A frozen layer under the older weight norm, which is a hook, is cached like any other."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[0])
+    model = fxfreeze.compile(net, fxfreeze.Milestones({"0": 0}))
+    dataset = Images()
+    loader = fxfreeze.CachedLoader(loader_of(dataset), model, tmp_path, when="always")
+    with warnings.catch_warnings(action="ignore"):  # it runs as it is, not rewritten
+        for _ in range(2):
+            for x, _ in loader:
+                outputs = model(x)
+    assert isinstance(x, fxfreeze.Boundary)
+    torch.testing.assert_close(outputs, net(dataset.images[x.batch.keys]))
 
 
 # ---- whether it pays
