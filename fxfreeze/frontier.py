@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxfreeze.layouts import Layouts
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rowwise import NotRowwise, Undecided, find_rows
-from fxfreeze.runtime import reference
+from fxfreeze.runtime import layouts_of
 
 __all__ = ["Frontier"]
 
@@ -26,8 +25,8 @@ class Frontier:
         self.depth = depth
         self.plain = plain
         self.names = names
-        self.layouts = Layouts(self._first_outputs)
         self.whole = kept_whole(plain)
+        self.layouts = layouts_of(plain, self.whole)
         self._rows: tuple[bool, ...] | NotRowwise | None = None
         self._shared: dict[tuple[Any, ...], list[Any]] = {}
 
@@ -67,7 +66,3 @@ class Frontier:
     def _run(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         with torch.no_grad(), random_state_kept(), rehearsed(self.whole):
             return tuple(self.plain.forward(*inputs))
-
-    def _first_outputs(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
-            return reference(self.plain, inputs, random, self.whole)[1]

@@ -15,8 +15,9 @@ from fxfreeze.layouts import Layouts
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
+from fxfreeze.sizes import dtype_text
 
-__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "bound_of", "build", "reference", "relative_error"]
+__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "bound_of", "build", "layouts_of", "relative_error"]
 
 # The largest relative error, by norm, that a rewritten segment may show against the original.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -78,8 +79,8 @@ class Segment:
     whole: list[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layouts = Layouts(self._first_outputs)
         self.whole = kept_whole(self.plain)
+        self.layouts = layouts_of(self.plain, self.whole)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Boundary in, boundary out, as the original hands it over; no tape; an output is a new tensor or an input."""
@@ -95,16 +96,11 @@ class Segment:
             with self.computation.context():
                 return tuple(self.rewritten.forward(*inputs))
 
-    def _first_outputs(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
-        """What the original makes of a few samples, on a copy of its graph."""
-        with random_state_kept() as random:
-            return reference(self.plain, inputs, random, self.whole)[1]
-
     def describe(self) -> str:
         """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
         graph = (self.rewritten or self.plain).graph
         operators = sum(node.op.startswith("call") for node in graph.nodes)
-        dtype = "the model's dtype" if self.computation.autocast is None else _short(self.computation.autocast)
+        dtype = "the model's dtype" if self.computation.autocast is None else dtype_text(self.computation.autocast)
         check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
         state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
         head = (
@@ -193,11 +189,14 @@ def build(
     return segment
 
 
-def reference(
-    plain: GraphModule, inputs: Sequence[Any], random: RandomState, whole: list[nn.Module]
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """A few samples of a batch, and what the original makes of them, on a copy of its graph."""
-    return _reference(_copy(plain), inputs, random, whole)
+def layouts_of(plain: GraphModule, whole: list[nn.Module]) -> Layouts:
+    """Those in which the original hands over the outputs of ``plain``: found out on a copy, with a few samples."""
+
+    def outputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
+        with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
+            return _reference(_copy(plain), inputs, random, whole)[1]
+
+    return Layouts(outputs)
 
 
 def _reference(
@@ -287,10 +286,6 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def _calls(module: GraphModule) -> int:
     return sum(node.op.startswith("call") for node in module.graph.nodes)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _lines(outcomes: list[Outcome]) -> Iterator[str]:

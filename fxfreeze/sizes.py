@@ -1,6 +1,8 @@
-"""Bytes and seconds as people write them."""
+"""Bytes, seconds and dtypes as people write them."""
 
-__all__ = ["bytes_text", "seconds_text"]
+import torch
+
+__all__ = ["bytes_text", "dtype_text", "seconds_text"]
 
 
 def bytes_text(count: float) -> str:
@@ -16,3 +18,8 @@ def seconds_text(seconds: float) -> str:
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f} us"
     return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Without its package."""
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from fxfreeze.sizes import dtype_text
+
 __all__ = ["DTYPES", "Blob", "Column", "Columns", "check_columns", "columns_from_json", "columns_to_json", "row_sums"]
 
 # Each dtype that a column may have, and its name in a safetensors header.
@@ -32,7 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_BY_NAME = {dtype_text(dtype): dtype for dtype in DTYPES}
 _RESERVED = ("index", "xxh3", "__metadata__")  # tensors that every shard has, and safetensors' own word
 _MOST_NUMBERS = 2**62
 
@@ -69,7 +71,7 @@ class Column:
         return torch.empty((rows, *self.shape), dtype=self.dtype, pin_memory=pinned)
 
     def __str__(self) -> str:
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+        return f"{self.name}: {dtype_text(self.dtype)}{list(self.shape)}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def check_columns(columns: Iterable[Column | Blob]) -> Columns:
 
 def columns_to_json(columns: Columns) -> list[dict[str, Any]]:
     return [
-        {"name": c.name, "dtype": str(c.dtype).removeprefix("torch."), "shape": list(c.shape)}
+        {"name": c.name, "dtype": dtype_text(c.dtype), "shape": list(c.shape)}
         if isinstance(c, Column)
         else {"name": c.name, "dtype": "bytes"}
         for c in columns

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxfreeze.cache.columns import Blob, Column
 from fxfreeze.cache.errors import CorruptCache
 from fxfreeze.rows import Order, contiguous_rows, in_order
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["Encoding"]
 
@@ -36,7 +37,7 @@ class Encoding:
             )
             dtype = store_dtype if wider and store_dtype is not None else value.dtype
             text = "" if order is None else ",".join(map(str, order))
-            name = f"boundary.{number}:{str(value.dtype).removeprefix('torch.')}:{text}"
+            name = f"boundary.{number}:{dtype_text(value.dtype)}:{text}"
             columns.append(Column(name, dtype, tuple(held.shape[1:])))
             orders.append(order)
         return cls(tuple(columns), tuple(value.dtype for value in rows), tuple(orders))

@@ -13,6 +13,7 @@ from fxfreeze.cache.generators import generators_kept
 from fxfreeze.cache.objects import ObjectCodec
 from fxfreeze.cache.structure import Constant, Fork, Node, Objects, Rows, assemble, derive, leaves, part_values
 from fxfreeze.cache.trees import fresh, is_named, qualified
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["BatchForm"]
 
@@ -232,7 +233,7 @@ def _column(name: str, part: Any) -> Column | Blob:
 
 def _check_dtype(part: Rows, what: str) -> None:
     if part.dtype not in DTYPES:
-        held = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        held = ", ".join(dtype_text(dtype) for dtype in DTYPES)
         raise CacheRefusal(f"{what} has {part}, which can't be stored; convert it to one of {held}")
 
 

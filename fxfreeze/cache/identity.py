@@ -16,6 +16,7 @@ from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.memory import tensor_bytes
 from fxfreeze.chain import Chain
 from fxfreeze.layouts import order_of
+from fxfreeze.sizes import dtype_text
 from fxfreeze.units import Unit
 
 __all__ = ["outside", "prefix_identity", "store_name", "weights_digest"]
@@ -49,12 +50,12 @@ def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: 
         "unit": units[-1].name,
         "graph": xxh3_64_hexdigest("\n".join(_lines(plain)).encode()),
         "weights": weights_digest(chain.net, units),
-        "dtype": _short(chain.computation.autocast) if chain.computation.autocast else "model",
+        "dtype": dtype_text(chain.computation.autocast) if chain.computation.autocast else "model",
         "device": chain.computation.device,
         "backend": "plain",
         "batch": batch,
         "inputs": "; ".join(
-            f"{slot}: {_short(t.dtype)} {list(t.shape[1:])} {order_of(t)}"
+            f"{slot}: {dtype_text(t.dtype)} {list(t.shape[1:])} {order_of(t)}"
             for slot, t in zip(slots, tensors, strict=True)
         ),
     }
@@ -82,7 +83,7 @@ def weights_digest(net: nn.Module, units: Iterable[Unit]) -> str:
         for name, tensor in [*((name, net.get_parameter(name)) for name in unit.parameters), *buffers]:
             if tensor is not None:
                 held = dense(tensor.detach().cpu())
-                digest.update(f"{name} {_short(held.dtype)} {list(held.shape)};".encode())
+                digest.update(f"{name} {dtype_text(held.dtype)} {list(held.shape)};".encode())
                 digest.update(tensor_bytes(held))
     return digest.hexdigest()
 
@@ -142,7 +143,3 @@ def _settings(module: nn.Module) -> Iterable[str]:
 def _named(value: Any) -> str:
     kind = value if isinstance(value, type | FunctionType) or hasattr(value, "__qualname__") else type(value)
     return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

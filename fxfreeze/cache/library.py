@@ -22,7 +22,7 @@ from fxfreeze.cache.shelf import Shelf, Source
 from fxfreeze.cache.worth import Worth
 from fxfreeze.rows import like
 from fxfreeze.rowwise import NotRowwise
-from fxfreeze.sizes import bytes_text
+from fxfreeze.sizes import bytes_text, dtype_text
 
 if TYPE_CHECKING:
     from fxfreeze.chain import Chain
@@ -329,4 +329,4 @@ class Library:
 
 
 def _short(dtype: torch.dtype | None) -> str:
-    return "computed" if dtype is None else str(dtype).removeprefix("torch.")
+    return "computed" if dtype is None else dtype_text(dtype)

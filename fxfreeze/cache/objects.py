@@ -19,6 +19,7 @@ from fxfreeze.cache.columns import DTYPES
 from fxfreeze.cache.contents import dense
 from fxfreeze.cache.errors import CacheRefusal, CorruptCache
 from fxfreeze.cache.trees import Kind, is_named, opened, qualified, rebuild
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["ObjectCodec"]
 
@@ -162,7 +163,7 @@ def _pack(text: bytes, tensors: list[Tensor]) -> bytes:
     # An empty tensor has no address, and the library must be given one even to read nothing.
     specs = {
         name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=dtype_text(tensor.dtype),
             shape=list(tensor.shape),
             data_ptr=tensor.data_ptr() or tree.data_ptr(),
             data_len=tensor.nbytes,

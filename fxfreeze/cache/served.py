@@ -46,7 +46,6 @@ class Yielded:
     keys: Tensor
     sums: list[list[int]]
     rest: Mapping[str, Any]
-    depth: int = 0
     seen: bool = False
 
     @property

@@ -23,6 +23,7 @@ from fxfreeze.cache.errors import CorruptCache
 from fxfreeze.cache.files import open_regular
 from fxfreeze.cache.manifest import ShardEntry
 from fxfreeze.cache.memory import Region, tensor_bytes
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["PAGE", "Packed", "Shard", "open_shard", "pack", "same_file"]
 
@@ -66,7 +67,7 @@ def pack(columns: Columns, values: Sequence[Tensor | list[bytes]], index: Tensor
     # The pointer of an empty tensor is null, which the library must not be given even to read nothing.
     specs = {
         name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=dtype_text(tensor.dtype),
             shape=list(tensor.shape),
             data_ptr=tensor.data_ptr() or index.data_ptr(),
             data_len=tensor.nbytes,

@@ -9,6 +9,7 @@ from xxhash import xxh3_64_intdigest
 from fxfreeze.cache.contents import row_bytes
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.served import Yielded
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["Watch"]
 
@@ -36,7 +37,7 @@ class Watch:
         if last is None or last.seen or stranger is None:
             return
         self._yielded.clear()
-        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in stranger)
+        shapes = ", ".join(f"{dtype_text(t.dtype)} {list(t.shape)}" for t in stranger)
         raise CacheRefusal(
             f"the model was given other values ({shapes}) than the {' and '.join(self._names)} that the loader yielded: "
             "something between them changes the input (mixup, augmentation on the GPU, normalisation, a cast). Activations are "
