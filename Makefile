@@ -1,20 +1,34 @@
 # One environment for everything, made on first use.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# The same kernels in Triton's interpreter: it is chosen when triton is imported, so in a process of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all aot aot-oldest lint bench clean
 
 demo: $(VENV)/.cli
 	$(BIN)/fxfreeze compare
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow and not gpu"
+	$(INTERPRETED) -m "not slow and not gpu"
 
 test-all: $(VENV)/.test
 	$(PYTEST) -m "not gpu"
+	$(INTERPRETED) -m "not gpu"
+
+# Every kernel's machine code, for every architecture; and by the oldest triton that is meant to work.
+AOT := FXFREEZE_AOT=all OMP_NUM_THREADS=1
+
+aot: $(VENV)/.test
+	$(AOT) $(BIN)/python -m pytest -n 2 tests/kernels/test_aot.py
+
+aot-oldest: $(OLDEST)/.aot
+	$(AOT) $(OLDEST)/bin/python -m pytest -n 2 tests/kernels/test_aot.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -39,9 +53,16 @@ $(VENV)/.test: $(VENV)/.cli
 	$(PIP) huggingface_hub PyYAML triton
 	touch $@
 
+# torch asks for one triton exactly; another goes in over it.
+$(OLDEST)/.aot: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(subst $(BIN),$(OLDEST)/bin,$(PIP)) torch==2.13.0 pytest pytest-xdist
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0 --editable .
+	touch $@
+
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[cli,cache,test,lint]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,57 @@
+"""Each kernel against what stands there without it, on the same operands: ATen and cuDNN, Inductor, and its reference.
+
+A row whose result is not the reference's in fp64 fails. On a CPU there are no kernels to time; with ``TRITON_INTERPRET=1``
+the same rows run small, to see that they are right.
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.conftest import Contender, interleave, on_gpu
+from bench.kernel_cases import CASES, DEVICE, INTERPRETING
+from fxfreeze.runtime import BOUNDS, relative_error
+
+ROUNDS, WARMUP = (1, 0) if INTERPRETING else (30, 3)
+
+pytestmark = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not INTERPRETING,
+    reason="a CPU has no kernels to time; TRITON_INTERPRET=1 runs the rows small",
+)
+
+CONTENDERS = ("kernel", "reference", "aten") if INTERPRETING else ("kernel", "reference", "aten", "inductor")
+
+
+@functools.cache
+@torch.no_grad()
+def measured(name: str, dtype: torch.dtype) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Times by contender, and relative errors against fp64."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    operands = case.make(dtype)
+    functions = {"kernel": case.kernel, "reference": case.exact, "aten": case.aten}
+    if "inductor" in CONTENDERS:
+        functions["inductor"] = torch.compile(case.aten, fullgraph=True)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in operands.items()}
+    expected = case.exact(**wide)
+    errors = {who: relative_error(run(**operands).double(), expected) for who, run in functions.items()}
+
+    def contender(run: Callable[..., Tensor]) -> Contender:
+        return on_gpu(lambda: run(**operands)) if DEVICE.type == "cuda" else lambda: run(**operands)
+
+    contenders = {who: contender(run) for who, run in functions.items()}
+    return interleave(contenders, rounds=ROUNDS, warmup=WARMUP), errors
+
+
+@pytest.mark.parametrize("who", CONTENDERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+def bench_kernel(row, benchmark, name: str, dtype: torch.dtype, who: str) -> None:
+    benchmark.group = f"{name}, {str(dtype).removeprefix('torch.')}"
+    times, errors = measured(name, dtype)
+    benchmark.extra_info |= {"device": str(DEVICE), "dtype": str(dtype), "error": errors[who]}
+    assert errors[who] <= BOUNDS[dtype]
+    row(times, who, "aten")

@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers, one file a fused op; importing it needs triton."""

@@ -1,0 +1,16 @@
+"""A linear layer with bias and activation: a 1x1 convolution of images of one pixel.
+
+y[r, o] = act(sum_c x[r, c] * weight[o, c] + bias[o]); x, y: (R, C) and (R, O), last dimension contiguous, rows anywhere.
+"""
+
+from torch import Tensor
+
+from fxfreeze.kernels.configs import Config
+from fxfreeze.kernels.gpu import conv1x1
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor, config: Config) -> None:
+    """See ``conv1x1``."""
+    one, none = (1, 1), (0, 0)
+    image, out_image = x[:, :, None, None], out[:, :, None, None]
+    conv1x1.launch(image, weight, bias, None, None, "none", None, activation, one, none, one, out_image, config)
