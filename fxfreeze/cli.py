@@ -1,4 +1,4 @@
-"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`, `fxfreeze cache`."""
+"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`, `fxfreeze cache`, `fxfreeze kernels`."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fxfreeze import checkpoint, commands, data, zoo
+from fxfreeze import checkpoint, commands, data, kernel_commands, zoo
 from fxfreeze.imports import ChoiceError, optional
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
@@ -36,6 +36,9 @@ DEFAULTS: dict[str, Any] = {
     "progress": True,
     "save": None,
     "resume": None,
+    "show_graph": False,
+    "depth": None,
+    "backend": "triton",
     **dataclasses.asdict(Settings()),
 }
 MISUSE = 2
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if verb.startswith("cache "):
             return _run_cache(verb, **given)
+        if verb.startswith("kernels "):
+            return kernel_commands.run(verb, **given)
         return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
     except (ChoiceError, TraceRefusal) as error:
         what = "the network can't be frozen: " if isinstance(error, TraceRefusal) else ""
@@ -78,6 +83,8 @@ def _run(verb: str, given: dict[str, Any], command: str) -> int:
         options.model, options.data, root=options.data_root, download=options.download, device=options.device
     )
     out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if verb == "plan" and options.show_graph:
+        return commands.run_graph(task, settings, depth=options.depth, backend=options.backend)
     if verb == "plan":
         return commands.run_plan(task, settings, out=out)
     if verb == "train":
@@ -130,7 +137,9 @@ def _parser() -> Parser:
         prog="fxfreeze", description="Progressive freezing by graph surgery for PyTorch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"fxfreeze {version('fxfreeze')}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="compare|train|plan|cache", parser_class=Parser)
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="compare|train|plan|cache|kernels", parser_class=Parser
+    )
     compare = _verb(verbs, "compare", "train by several recipes, interleaved, and report which was worth its time")
     train = _verb(verbs, "train", "train once, with --save and --resume")
     plan = _verb(verbs, "plan", "what a schedule would save on a network, without training")
@@ -142,7 +151,16 @@ def _parser() -> Parser:
     _add_compare(compare)
     _add_train(train)
     plan.add_argument("--out", type=Path, metavar="DIR", help="where the picture goes (default: runs/DATE-TIME)")
+    plan.add_argument(
+        "--show-graph", action="store_true", help="print the frozen part before and after the passes instead"
+    )
+    plan.add_argument(
+        "--depth", type=int, metavar="N", help="units frozen for --show-graph (default: all but the last)"
+    )
+    plan.add_argument("--backend", choices=("plain", "triton"), help="what --show-graph lowers to (default: triton)")
     _add_cache(_verb(verbs, "cache", "activations on disk: list them, check them, remove them"))
+    about = "the fused kernels: their machine code, and which tiles are fastest here"
+    kernel_commands.add_actions(_verb(verbs, "kernels", about), _verb)
     return parser
 
 

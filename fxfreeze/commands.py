@@ -12,6 +12,7 @@ from fxfreeze import checkpoint, cost, page, report
 from fxfreeze.batches import Batches
 from fxfreeze.compare import Arena, Trial, Watch, advance
 from fxfreeze.contest import Contest, Finetune, FromScratch, check_cache, choose, run_trial, scheduled
+from fxfreeze.drawn import frozen_part
 from fxfreeze.imports import ChoiceError
 from fxfreeze.progress import display, figures, stop_on_interrupt
 from fxfreeze.recipes import Settings, from_scratch
@@ -20,6 +21,7 @@ from fxfreeze.train import Run
 from fxfreeze.verdict import caution, verdict
 
 TABLE_WIDTH = 140
+_TRACED = 8  # images that the frozen part is traced and checked with
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
@@ -111,6 +113,17 @@ def run_train(
         highlight=False,
         soft_wrap=True,
     )
+    return 0
+
+
+def run_graph(task: Task, settings: Settings, *, depth: int | None, backend: str) -> int:
+    """Prints the graph of the frozen part before and after the passes."""
+    schedule = scheduled(FromScratch(task, settings))
+    try:
+        text = frozen_part(task.build(settings.seed), schedule, (task.train.images[:_TRACED],), depth, backend)
+    except ValueError as error:
+        raise ChoiceError(str(error)) from error
+    print(text)
     return 0
 
 

@@ -3,6 +3,7 @@
 It may be dropped at any time and is never saved; only the decisions outlive it.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fxfreeze.surgery import Decision, DecisionKey, Surgery
 from fxfreeze.units import Ownership, Unit
 
-__all__ = ["Derived"]
+__all__ = ["Derived", "frozen_tensors"]
 
 
 class Derived:
@@ -20,13 +21,14 @@ class Derived:
     decisions: how each segment was decided to run.
     """
 
-    def __init__(self, net: nn.Module, ownership: Ownership, precision: torch.dtype | None):
+    def __init__(self, net: nn.Module, ownership: Ownership, precision: torch.dtype | None, backend: str):
         self.net = net
         self.ownership = ownership
         self.precision = precision
+        self.backend = backend
         self.decisions: dict[DecisionKey, Decision] = {}
         self.warned: set[str] = set()
-        self.surgery = Surgery(net, ownership, 0, precision, self.decisions, self.warned)
+        self.surgery = Surgery(net, ownership, 0, precision, backend, self.decisions, self.warned)
         self.start(0)
 
     def start(self, depth: int) -> None:
@@ -37,10 +39,17 @@ class Derived:
         self._parents = [m for m in self.modules if m._modules]
         self._children = self._tree()
         self.frozen = [self.net.get_submodule(name) for unit in frozen for name in unit.modules]
-        self._slots = [slot for unit in frozen for slot in _slots(self.net, unit)]
+        self._slots = [(held, key) for _, held, key in frozen_tensors(self.net, self.ownership.units, depth)]
         self._seen: list[tuple[int, int, int]] = []
         self.surgery = Surgery(
-            self.net, self.ownership, depth, self.precision, self.decisions, self.warned, self.surgery.seconds
+            self.net,
+            self.ownership,
+            depth,
+            self.precision,
+            self.backend,
+            self.decisions,
+            self.warned,
+            self.surgery.seconds,
         )
 
     def current(self) -> Surgery:
@@ -87,14 +96,23 @@ def _address(tensor: Tensor) -> int:
     return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
 
 
-def _slots(net: nn.Module, unit: Unit) -> list[tuple[dict[str, Any], str]]:
-    """Where a unit's tensors are kept, as (dictionary, key): read anew each time, for they may be replaced."""
-    slots: list[tuple[dict[str, Any], str]] = []
-    for name in unit.modules:
-        buffers: dict[str, Any] = net.get_submodule(name)._buffers
-        slots += [(buffers, key) for key in buffers]
-    for name in unit.parameters:
-        owner, _, key = name.rpartition(".")
-        parameters: dict[str, Any] = net.get_submodule(owner)._parameters
-        slots.append((parameters, key))
-    return slots
+def frozen_tensors(net: nn.Module, units: Sequence[Unit], depth: int) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where the tensors of the first ``depth`` units are kept now: (qualified name, dictionary, key in it).
+
+    Parameters that were registered since, by a parametrization or by pruning, are their module's.
+    """
+    live = {name for unit in units[depth:] for name in (*unit.parameters, *unit.modules)}
+    seen = {id(module) for name, module in net.named_modules() if name in live}
+    found: dict[str, tuple[dict[str, Any], str]] = {}
+    for unit in units[:depth]:
+        for name in unit.modules:
+            for path, module in net.get_submodule(name).named_modules(prefix=name):
+                if id(module) not in seen:
+                    seen.add(id(module))
+                    for held in (module._buffers, module._parameters):
+                        found |= {f"{path}.{key}": (held, key) for key in held}
+        for name in unit.parameters:
+            path, _, key = name.rpartition(".")
+            parameters: dict[str, Any] = net.get_submodule(path)._parameters
+            found[name] = parameters, key
+    yield from ((name, held, key) for name, (held, key) in found.items() if name not in live)

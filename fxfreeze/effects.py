@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from torch.fx import Graph, Node
 from fxfreeze.proxies import IN_PLACE
 from fxfreeze.regions import without_grad
 
-__all__ = "Alias Effects Memory effects name_of reshapes silenced".split()
+__all__ = "Alias Effects Memory declared effects name_of reshapes silenced".split()
 
 
 class Alias(Enum):
@@ -72,6 +72,17 @@ _RESHAPING = frozenset(
     "unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ resize_ resize_as_ set_ as_strided_".split()
 )
 _IN_PLACE = frozenset(getattr(operator, name) for name in IN_PLACE)
+_DECLARED: dict[Any, Alias] = {}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def declared(function: _Function, alias: Alias = Alias.NEVER) -> _Function:
+    """Take it from here that ``function`` writes nothing that its callers could read otherwise, and draws nothing.
+
+    alias: how its output shares memory with its first argument.
+    """
+    _DECLARED[function] = alias
+    return function
 
 
 def name_of(node: Node) -> str:
@@ -92,6 +103,8 @@ def effects(node: Node, modules: Callable[[str], nn.Module]) -> Effects:
     if node.op not in ("call_function", "call_method") or node.meta.get("scalar", False):
         return Effects()
     name, first = name_of(node), inputs[:1]
+    if node.op == "call_function" and (alias := _DECLARED.get(node.target)) is not None:
+        return Effects(aliases=() if alias is Alias.NEVER else first, alias=alias)
     if known := _python_effects(node, inputs):
         return known
     random = _is_random(node, name)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fxfreeze.backends import check_backend
 from fxfreeze.derived import Derived
 from fxfreeze.forward import Forward
 from fxfreeze.inputs import Inputs, flatten_inputs, required_inputs
@@ -20,7 +21,6 @@ from fxfreeze.units import Ownership, Unit, find_units
 
 __all__ = ["FreezableModel", "compile"]
 
-BACKENDS = ("auto", "plain", "library", "inductor", "triton", "openvino")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -38,8 +38,9 @@ def compile(
     example_inputs: arguments of one call (a tuple, a dict of keyword inputs, or a tensor), needed only when the forward
     looks at shapes; units: names of modules, or groups of names, that start a unit each, in place of the automatic list
     (what runs next belongs to it too, up to the next name); precision: compute dtype of the frozen part (float32, float16
-    or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included). Units that the
-    schedule freezes at step 0 are frozen at once.
+    or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included); backend: what the
+    frozen part runs on, "plain" (folded, PyTorch's operators), "triton" (fused kernels) or "auto", which is plain. Units
+    that the schedule freezes at step 0 are frozen at once.
 
     Raises TypeError for a ``net`` that is no plain module, TraceRefusal when its forward can't be traced, ValueError for
     other impossible arguments.
@@ -51,10 +52,7 @@ def compile(
         )
     if isinstance(units, str) or not isinstance(units, Iterable | None):
         raise TypeError(f"units is {units!r}: expected a list of module names, such as ['layer1', 'layer2']")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown: expected one of {', '.join(BACKENDS)}")
-    if backend not in ("auto", "plain"):
-        raise ValueError(f"backend {backend!r} is not in this version: use 'auto' or 'plain'")
+    check_backend(backend)
     ownership = find_units(net, traces_of(net, example_inputs), units)
     if len(ownership.units) == 1:
         warnings.warn(
@@ -191,7 +189,7 @@ class FreezableModel(nn.Module):
         self._depth = 0
         self.step: int | None = None
         self._required_grad: dict[str, bool] = {}  # of frozen parameters, before they froze
-        self._derived = Derived(net, ownership, precision)
+        self._derived = Derived(net, ownership, precision, backend)
         self._forward = Forward(net)
         self.freeze(schedule.depth(0, self.units))
 
@@ -342,7 +340,7 @@ class FreezableModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         decisions, batch_size = state.pop("_derived"), state.pop("_forward")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._derived = Derived(self.original, self._ownership, self.precision)
+        self._derived = Derived(self.original, self._ownership, self.precision, self.backend)
         self._derived.decisions.update({decision.key: decision for decision in decisions})
         self._forward = Forward(self.original)
         self._forward.batch_size = batch_size

@@ -1,33 +1,33 @@
-"""What operator a node is, whichever way it was written, and how passes are run.
+"""How passes are run, and what they share: a node's constants, users and place, and who writes into memory.
 
 A pass is a function ``GraphModule -> list[Outcome]`` that edits the graph in place; ``run_passes`` is handed the list.
 """
 
-import inspect
 import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxfreeze.effects import Memory
+from fxfreeze.operators import Op
 
 __all__ = [
-    "Op",
     "Outcome",
     "Pass",
     "PassError",
+    "Writes",
     "constant",
+    "emit",
     "forget",
+    "forget_unread",
     "hold",
-    "op_of",
     "other_user",
     "place",
     "run_passes",
+    "views_may_copy",
 ]
 
 
@@ -48,22 +48,6 @@ class PassError(RuntimeError):
     """A pass raised, or left a graph that is none; the message names the pass."""
 
 
-@dataclass(frozen=True)
-class Op:
-    """An operator with its arguments by the names of the functional form; weights are tensors or nodes.
-
-    kind: "conv", "conv_transpose", "linear" or "batch_norm"; function: the functional form.
-    """
-
-    kind: str
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-
-    @property
-    def input(self) -> Any:
-        return self.arguments["input"]
-
-
 def run_passes(module: GraphModule, passes: Iterable[Pass]) -> list[Outcome]:
     """Run each pass, verify the graph after each, and recompile at the end.
 
@@ -78,84 +62,6 @@ def run_passes(module: GraphModule, passes: Iterable[Pass]) -> list[Outcome]:
             raise PassError(f"pass {rewrite.__name__} failed: {type(error).__name__}: {error}") from error
     module.recompile()
     return outcomes
-
-
-_CONV = ("weight", "bias", "stride", "padding", "dilation", "groups")
-_TRANSPOSED = ("weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-_MODULES: dict[type[nn.Module], tuple[str, Callable[..., Any], tuple[str, ...]]] = {
-    nn.Conv1d: ("conv", F.conv1d, _CONV),
-    nn.Conv2d: ("conv", F.conv2d, _CONV),
-    nn.Conv3d: ("conv", F.conv3d, _CONV),
-    nn.ConvTranspose1d: ("conv_transpose", F.conv_transpose1d, _TRANSPOSED),
-    nn.ConvTranspose2d: ("conv_transpose", F.conv_transpose2d, _TRANSPOSED),
-    nn.ConvTranspose3d: ("conv_transpose", F.conv_transpose3d, _TRANSPOSED),
-    nn.Linear: ("linear", F.linear, ("weight", "bias")),
-}
-_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    **{
-        f: ("conv", ("input", *_CONV), {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1})
-        for f in (F.conv1d, F.conv2d, F.conv3d)
-    },
-    **{
-        f: (
-            "conv_transpose",
-            ("input", *_TRANSPOSED),
-            {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1},
-        )
-        for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-    },
-    F.linear: ("linear", ("input", "weight", "bias"), {"bias": None}),
-}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def op_of(node: Any, module: GraphModule) -> Op | None:
-    """The convolution, linear layer or batch norm that ``node`` is, written as a module or a function; None: neither."""
-    if not isinstance(node, Node):
-        return None
-    if node.op == "call_module":
-        return _module_op(node, module.get_submodule(str(node.target)))
-    if node.op != "call_function":
-        return None
-    if node.target in _FUNCTIONS:
-        kind, names, defaults = _FUNCTIONS[node.target]
-        arguments = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-        return Op(kind, node.target, arguments)  # type: ignore[arg-type]
-    if node.target is F.batch_norm:
-        bound = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        return Op("batch_norm", F.batch_norm, dict(bound.arguments))
-    return None
-
-
-def _module_op(node: Node, layer: nn.Module) -> Op | None:
-    altered = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    if altered or len(node.args) != 1 or node.kwargs:
-        return None
-    if type(layer) in _BATCH_NORMS:
-        arguments = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias", "eps")}
-        no_statistics = layer.running_mean is None and layer.running_var is None
-        return Op(
-            "batch_norm",
-            F.batch_norm,
-            {"input": node.args[0], "training": layer.training or no_statistics, **arguments},
-        )
-    if type(layer) not in _MODULES:
-        return None
-    kind, function, names = _MODULES[type(layer)]
-    arguments = {"input": node.args[0], **{name: getattr(layer, name) for name in names}}
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        function = padded_convolution
-        arguments |= {"padding": 0, "pad": layer._reversed_padding_repeated_twice, "mode": layer.padding_mode}
-    return Op(kind, function, arguments)
-
-
-def padded_convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, *, pad: list[int], mode: str, **options: Any
-) -> Tensor:
-    """A convolution whose padding repeats, reflects or wraps the input, as ``nn.Conv*d(padding_mode=mode)`` does."""
-    convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-    return convolution(F.pad(input, pad, mode=mode), weight, bias, **options)
 
 
 def place(node: Node) -> str:
@@ -219,6 +125,46 @@ def _changes(node: Node, module: GraphModule) -> bool:
     return False
 
 
+class Writes:
+    """The writes of a graph as a pass found it; nodes made since then write nothing and are memory of their own."""
+
+    def __init__(self, module: GraphModule):
+        self._memory = Memory(module.graph, module.get_submodule)
+        self._writers = [
+            (node, {self._memory.class_of(n) for n in does.writes})
+            for node, does in self._memory.effects.items()
+            if does.writes
+        ]
+
+    def into(self, node: Node) -> tuple[Node, ...]:
+        """What ``node`` writes into."""
+        return self._memory.effects[node].writes if node in self._memory.effects else ()
+
+    def between(self, sources: Iterable[Any], first: Node, last: Node) -> Node | None:
+        """Who writes into one of ``sources`` after ``first`` and before ``last``, and so keeps a read from moving there."""
+        return next((node for node in self._into(sources) if first < node < last), None)
+
+    def after(self, value: Node) -> Node | None:
+        """Who writes into ``value`` once it is made."""
+        return next((node for node in self._into([value]) if value < node), None)
+
+    def _into(self, sources: Iterable[Any]) -> Iterator[Node]:
+        known = [n for n in sources if isinstance(n, Node) and n in self._memory.effects]
+        classes = {self._memory.class_of(n) for n in known}
+        return (node for node, written in self._writers if written & classes and not node._erased)
+
+
+def emit(
+    module: GraphModule, at: Node, function: Callable[..., Any], arguments: dict[str, Any], like: Node, name: str = ""
+) -> Node:
+    """Call ``function`` before ``at``, its tensor arguments held under ``name``, as what computes ``like``."""
+    with module.graph.inserting_before(at):
+        ready = {k: hold(module, f"{name}_{k}", v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        node = module.graph.call_function(function, (), ready)
+    node.meta.update(like.meta)
+    return node
+
+
 def hold(module: GraphModule, name: str, tensor: Tensor) -> Node:
     """Store a derived tensor on the module and read it at the graph's insertion point."""
     base = name.replace(".", "_")
@@ -231,11 +177,18 @@ def hold(module: GraphModule, name: str, tensor: Tensor) -> Node:
 
 def forget(module: GraphModule, op: Op) -> None:
     """Erase what computed the constants of an operator that is gone, as far as nothing else reads it."""
-    stack = [value for name, value in op.arguments.items() if name != "input" and isinstance(value, Node)]
+    forget_unread(
+        module, *[value for name, value in op.arguments.items() if name != "input" and isinstance(value, Node)]
+    )
+
+
+def forget_unread(module: GraphModule, *nodes: Node) -> None:
+    """Erase ``nodes``, and what they were computed from, as far as nothing reads it."""
+    stack = [*nodes]
     erased: set[Node] = set()
     while stack:
         node = stack.pop()
-        if not node.users and node not in erased:
+        if not node.users and node not in erased and node.op != "placeholder":
             stack += node.all_input_nodes
             module.graph.erase_node(node)
             erased.add(node)
@@ -244,3 +197,21 @@ def forget(module: GraphModule, op: Op) -> None:
         names -= {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for name in names & module._buffers.keys():
         del module._buffers[name]
+
+
+def views_may_copy(module: GraphModule) -> bool:
+    """Make each ``view`` a ``reshape``, for a view refuses what is laid out otherwise; False where the layout matters.
+
+    That is where something writes through a view, where one reads the same bytes as another dtype, and where random
+    numbers are drawn, in the order in which they lie in memory.
+    """
+    views = [n for n in module.graph.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
+    if any(isinstance(argument, torch.dtype) for n in views for argument in n.args):
+        return False
+    memory = Memory(module.graph, module.get_submodule)
+    written = {memory.class_of(w) for does in memory.effects.values() for w in does.writes}
+    if any(memory.class_of(n) in written for n in views) or any(does.random for does in memory.effects.values()):
+        return False
+    for n in views:
+        n.target = {"view": "reshape", "view_as": "reshape_as"}[n.target]
+    return True

@@ -4,7 +4,6 @@ Everything here is derived from the network and may be dropped at any time.
 """
 
 import contextlib
-import hashlib
 import sys
 import time
 import warnings
@@ -15,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from fxfreeze.attributes import Read, changed
+from fxfreeze.attributes import Read, Settings, changed
+from fxfreeze.backends import candidates, remark
 from fxfreeze.chain import Chain, Span
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import order_of
+from fxfreeze.likeness import digest, same_constants, signature
 from fxfreeze.passes import PASSES
 from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
 from fxfreeze.split import split
@@ -38,14 +39,20 @@ _MANY_PLANS = 16  # made at one depth: worth telling the user
 class Plan(NamedTuple):
     """What a forward runs: the way to the boundary, the suffix from there, and the structure of the original's output.
 
-    reads: attributes of the modules that must still have the values that the trace met; bound: to the traced shapes.
+    reads: attributes of the modules that must still have the values that the trace met; settings: of the frozen layers that
+    the rewriting met; bound: to the traced shapes.
     """
 
     chain: Chain
     suffix: Callable[..., Any]
     outputs: pytree.TreeSpec
     reads: list[Read]
+    settings: Settings
     bound: bool
+
+    def stale(self) -> Read | None:
+        """The first attribute that has changed."""
+        return changed(self.reads) or self.settings.changed()
 
 
 class Decision(NamedTuple):
@@ -118,6 +125,7 @@ class Surgery:
     ownership: Ownership
     depth: int
     precision: torch.dtype | None
+    backend: str
     decisions: dict[DecisionKey, Decision]
     warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
@@ -141,7 +149,7 @@ class Surgery:
         """
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
-        stale = changed(found.reads) if found is not None else None
+        stale = found.stale() if found is not None else None
         if found is not None and stale is None:
             self._shows(found.chain.prefix)
             return found
@@ -201,7 +209,8 @@ class Surgery:
         if traced.shape_bound:
             self._bound.add(key)
         shapes = tuple(t.shape for t in tensors) if traced.shape_bound else None
-        plan = Plan(chain, cut.suffix.forward, traced.outputs, traced.reads, traced.shape_bound)
+        settings = Settings(_layers(cut.prefix))
+        plan = Plan(chain, cut.suffix.forward, traced.outputs, traced.reads, settings, traced.shape_bound)
         self._remember((key, shapes), plan)
         return plan
 
@@ -237,25 +246,46 @@ class Surgery:
     ) -> Segment:
         """The built segment, shared by all traces that have the same one (training and eval, say)."""
         given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in native if isinstance(t, Tensor)]
-        signature = (f"{span} {_signature(plain)} {callers} {given}", computation)
-        built = self._segments.setdefault(signature, [])
-        segment = next((s for s in built if _same_constants(s.plain, plain)), None)
+        like = (f"{span} {signature(plain)} {Settings(_layers(plain))} {callers} {given}", computation)
+        built = self._segments.setdefault(like, [])
+        segment = next((s for s in built if same_constants(s.plain, plain)), None)
         if segment is None:
             dtype = str(computation.autocast or "model").removeprefix("torch.")
-            graph = _digest(plain)
+            graph = digest(plain)
             earlier = self.decisions.get((*span, graph, dtype))
-            if earlier is not None and earlier.backend != "plain":
-                self._warn(
-                    f"the resumed run used backend {earlier.backend!r}, which is not available: plain runs instead"
-                )
-            rewrite = earlier is None or earlier.rewritten
-            segment = build(span, plain, values, computation, PASSES, rewrite, native)
-            segment.notes = notes
-            if segment.reason is not None and segment.reason != DECIDED:
-                self._warn(f"the rewritten frozen part is not used: {segment.reason}. The plain graph runs instead")
+            segment = self._built(span, plain, values, native, computation, earlier)
+            segment.notes += notes
             decision = Decision(*span, graph, dtype, segment.backend, segment.rewritten is not None)
             self.decisions[decision.key] = decision
             built.append(segment)
+        return segment
+
+    def _built(
+        self,
+        span: Span,
+        plain: GraphModule,
+        values: Sequence[Any],
+        native: Sequence[Any],
+        computation: Computation,
+        earlier: Decision | None,
+    ) -> Segment:
+        """The segment by the first backend that can run it; the traced graph itself if none can."""
+        names = candidates(self.backend, None if earlier is None else earlier.backend, PASSES)
+        if earlier is not None and earlier.backend not in PASSES:
+            self._warn(
+                f"the resumed run used backend {earlier.backend!r}, which is not available here: {names[0]!r} runs instead"
+            )
+        rewrite = earlier is None or earlier.rewritten
+        for name in names:
+            segment = build(span, plain, values, computation, PASSES[name], rewrite, native)
+            segment.backend = name
+            if segment.reason is None or segment.reason == DECIDED:
+                break
+            following = "Backend 'plain'" if name != names[-1] else "The plain graph"
+            self._warn(f"the rewritten frozen part is not used: {segment.reason}. {following} runs instead")
+        if (note := remark(segment.backend, computation.device)) is not None:
+            segment.notes = (note,)
+            self._warn(note)
         return segment
 
     def _tell_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> list[str]:
@@ -273,27 +303,10 @@ class Surgery:
             warnings.warn(message, stacklevel=2)
 
 
-def _signature(module: GraphModule) -> str:
-    """The text of a graph, equal for equal graphs over the same modules with the same hooks."""
-    return "\n".join(
-        f"{n.name} {n.op} {n.target!r} {n.args!r} {n.kwargs!r} {_hooks(n, module)}" for n in module.graph.nodes
-    )
-
-
-def _hooks(node: Node, module: GraphModule) -> list[int]:
-    called = module.get_submodule(str(node.target)).modules() if node.op == "call_module" else ()
-    return [*{key for m in called for hooks in (m._forward_hooks, m._forward_pre_hooks) for key in hooks}]
-
-
-def _digest(module: GraphModule) -> str:
-    """The same for the same operators in the same order, in any process."""
-    return hashlib.sha256(" ".join(f"{n.op}:{n.name}" for n in module.graph.nodes).encode()).hexdigest()[:16]
-
-
-def _same_constants(a: GraphModule, b: GraphModule) -> bool:
-    """Whether two graphs of one text hold equal constants: forward may make them from the shapes that it sees."""
-    return all(
-        x.shape == y.shape and x.dtype == y.dtype and x.device == y.device and torch.equal(x, y)
-        for x, y in zip(a._buffers.values(), b._buffers.values(), strict=True)
-        if x is not None and y is not None
-    )
+def _layers(graph: GraphModule) -> Iterator[nn.Module]:
+    """Torch's own that ``graph`` calls, each with those within: what passes know."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            called = graph.get_submodule(str(node.target))
+            if type(called).__module__.startswith("torch.nn."):
+                yield from (m for m in called.modules() if type(m).__module__.startswith("torch.nn."))

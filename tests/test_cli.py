@@ -413,3 +413,33 @@ def test_plan_prints_a_table_and_draws_a_picture(capsys: pytest.CaptureFixture[s
     assert f"costs {2 * (1 - share):.2f}x of the 20 steps of plain training" in said
     assert Path("here/plan.svg").read_text().rstrip().endswith("</svg>")
     assert files() == ["here/plan.svg"]
+
+
+@pytest.mark.filterwarnings("ignore:backend 'triton' has no kernels for cpu here")
+def test_plan_shows_the_graph_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    """At a depth within a dense block: concatenations before, slices of a buffer and kernels after, and why not more."""
+    dense = ["--model", "densenet-bc-8-16", "--data", "tiny:data", "--batch-size", "8"]
+    assert main(["plan", *dense, "--show-graph", "--depth", "3"]) == 0
+    out = capsys.readouterr().out
+    before, after = out.split("after the passes of backend 'triton':")
+    assert before.startswith("before the passes, units 1 to 3:")
+    assert "= cat(" in before
+    assert "= BatchNorm2d(" in before
+    assert "= cat(" not in after
+    for call in ("conv1x1", "conv3x3", "room", "joined"):
+        assert f"= {call}(" in after
+    assert "dense_buffer: 2 made a slice of a buffer" in after
+    assert files() == []
+
+
+def test_plan_shows_the_graph_of_another_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--show-graph", "--backend", "plain"]) == 0
+    out = capsys.readouterr().out
+    assert "after the passes of backend 'plain':" in out
+    assert "units 1 to" in out
+
+
+@pytest.mark.parametrize("depth", ["0", "99"])
+def test_plan_has_no_such_depth(depth: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *TINY, "--show-graph", "--depth", depth]) == 2
+    assert f"depth {depth} is not within 1 to" in capsys.readouterr().err

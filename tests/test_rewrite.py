@@ -1,5 +1,6 @@
 """What operator a node is, however it was written; which values are constants; how passes run."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -10,18 +11,8 @@ from frozen import plain_graph
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxfreeze.rewrite import (
-    Op,
-    Outcome,
-    PassError,
-    constant,
-    forget,
-    hold,
-    op_of,
-    other_user,
-    place,
-    run_passes,
-)
+from fxfreeze.operators import Op, op_of
+from fxfreeze.rewrite import Outcome, PassError, constant, forget, hold, other_user, place, run_passes
 
 
 class Run(nn.Module):
@@ -144,9 +135,8 @@ class Doubled(nn.Conv2d):
 
 
 UNKNOWN: dict[str, Callable[[], nn.Module]] = {
-    "activation": nn.ReLU,
-    "pool": lambda: nn.AvgPool2d(2),
-    "layer norm": lambda: nn.LayerNorm(8),
+    "activation": nn.Mish,
+    "pool": lambda: nn.LPPool2d(2, 2),
     "group norm": lambda: nn.GroupNorm(2, 4),
     "instance norm": lambda: nn.InstanceNorm2d(4),
     "hooked": lambda: hooked(nn.Conv2d(4, 6, 3)),
@@ -154,11 +144,69 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "patched": lambda: patched(nn.Conv2d(4, 6, 3)),
     "derived": lambda: Doubled(4, 6, 3),
     "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
-    "function": lambda: Run(lambda net, x: F.relu(x)),
-    "method": lambda: Run(lambda net, x: x.relu()),
+    "function": lambda: Run(lambda net, x: F.mish(x)),
+    "method": lambda: Run(lambda net, x: x.exp()),
+    "in place": lambda: Run(lambda net, x: x.clone().div_(2)),
     "output size": lambda: Run(lambda net, x: net.up(x, (18, 16)), up=nn.ConvTranspose2d(4, 6, 2, 2)),
     "named output size": lambda: Run(lambda net, x: net.up(x, output_size=(18, 16)), up=nn.ConvTranspose2d(4, 6, 2, 2)),
 }
+
+
+# Each way to write one operator, with the kind and some of the arguments that it must be found to have.
+WAYS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
+    "nn.ReLU": (lambda net, x: net.relu(x), "activation", {"name": "relu"}),
+    "F.relu": (lambda net, x: F.relu(x), "activation", {"name": "relu"}),
+    "F.relu in place": (lambda net, x: F.relu(x.sin(), inplace=True), "activation", {"name": "relu"}),
+    "torch.relu": (lambda net, x: torch.relu(x), "activation", {"name": "relu"}),
+    "relu": (lambda net, x: x.relu(), "activation", {"name": "relu"}),
+    "relu_": (lambda net, x: x.sin().relu_(), "activation", {"name": "relu"}),
+    "F.relu6": (lambda net, x: F.relu6(x), "activation", {"name": "relu6"}),
+    "nn.ReLU6": (lambda net, x: net.relu6(x), "activation", {"name": "relu6"}),
+    "F.silu": (lambda net, x: F.silu(x), "activation", {"name": "silu"}),
+    "F.hardswish": (lambda net, x: F.hardswish(x), "activation", {"name": "hardswish"}),
+    "F.gelu": (lambda net, x: F.gelu(x), "activation", {"name": "gelu", "approximate": "none"}),
+    "nn.GELU": (lambda net, x: net.gelu(x), "activation", {"name": "gelu", "approximate": "tanh"}),
+    "+": (lambda net, x: x + x.sin(), "add", {"alpha": 1}),
+    "+=": (lambda net, x: operator.iadd(x.sin(), x), "add", {"alpha": 1}),
+    "torch.add": (lambda net, x: torch.add(x, x.sin(), alpha=2), "add", {"alpha": 2}),
+    "add_": (lambda net, x: x.sin().add_(x), "add", {"alpha": 1}),
+    "torch.cat": (lambda net, x: torch.cat([x, x.sin()], 1), "cat", {"dim": 1}),
+    "torch.cat by name": (lambda net, x: torch.cat(tensors=[x, x.sin()], dim=-3), "cat", {"dim": -3}),
+    "F.avg_pool2d": (lambda net, x: F.avg_pool2d(x, 2), "avg_pool", {"kernel_size": 2, "stride": None}),
+    "nn.AvgPool2d": (
+        lambda net, x: net.avg(x),
+        "avg_pool",
+        {"kernel_size": 3, "stride": 2, "count_include_pad": False},
+    ),
+    "F.max_pool2d": (lambda net, x: F.max_pool2d(x, 2, padding=1), "max_pool", {"kernel_size": 2, "padding": 1}),
+    "nn.MaxPool2d": (lambda net, x: net.max(x), "max_pool", {"kernel_size": 2, "dilation": 1, "return_indices": False}),
+    "F.adaptive_avg_pool2d": (lambda net, x: F.adaptive_avg_pool2d(x, 1), "mean_pool", {"output_size": 1}),
+    "F.layer_norm": (lambda net, x: F.layer_norm(x, (8,), eps=1e-3), "layer_norm", {"eps": 1e-3, "weight": None}),
+    "nn.LayerNorm": (lambda net, x: net.layernorm(x), "layer_norm", {"normalized_shape": (8,)}),
+    "nn.Dropout": (lambda net, x: net.drop(x), "identity", {"training": False}),
+    "nn.Identity": (lambda net, x: net.same(x), "identity", {"training": False}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_one_answer_for_each_way_to_write_it(name: str) -> None:
+    run, kind, arguments = WAYS[name]
+    net = Run(
+        run,
+        relu=nn.ReLU(),
+        relu6=nn.ReLU6(inplace=True),
+        gelu=nn.GELU("tanh"),
+        avg=nn.AvgPool2d(3, 2, count_include_pad=False),
+        max=nn.MaxPool2d(2),
+        layernorm=nn.LayerNorm(8),
+        drop=nn.Dropout(),
+        same=nn.Identity(),
+    )
+    graph = plain_graph(net, torch.randn(IMAGE))
+    op = op_of(last_call(graph), graph)
+    assert op is not None
+    assert op.kind == kind
+    assert {name: op.arguments[name] for name in arguments} == arguments
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -229,7 +277,9 @@ def test_what_is_no_constant(name: str) -> None:
     """Values that change, and looking at them changes nothing: no random number is drawn, no parameter written."""
     net = Run(VARIABLES[name], w=WEIGHT.clone(), layer=nn.Linear(4, 4))
     graph = plain_graph(net, torch.randn(5, 4))
-    op = next(op for n in graph.graph.nodes if (op := op_of(n, graph)) and n.op == "call_function")
+    op = next(
+        op for n in graph.graph.nodes if n.op == "call_function" and (op := op_of(n, graph)) and op.kind == "linear"
+    )
     before = torch.get_rng_state()
     assert constant(op.arguments["weight"], graph) is None
     assert torch.equal(torch.get_rng_state(), before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nets import Chain, ConvNorm, settle
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import fxfreeze
 from fxfreeze import FreezableModel, Milestones
@@ -157,6 +158,56 @@ def test_a_write_through_data_needs_a_refresh() -> None:
         mine.data.copy_(theirs)
     model.refresh()
     assert_same(model, changed_from=before, x=x)
+
+
+SETTINGS: dict[str, Callable[[nn.Module], None]] = {
+    "padding": lambda net: setattr(net.get_submodule("stem.0"), "padding", (0, 0)),
+    "dilation": lambda net: setattr(net.get_submodule("blocks.0.0"), "dilation", (3, 3)),
+    "eps": lambda net: setattr(net.get_submodule("stem.1"), "eps", 50.0),
+    "forward": lambda net: setattr(net.get_submodule("stem.0"), "forward", lambda x: torch.zeros(len(x), 8, 8, 8)),
+    "pruned": lambda net: prune.l1_unstructured(net.get_submodule("stem.0"), "weight", 0.5),
+    "parametrized": lambda net: parametrize.register_parametrization(
+        net.get_submodule("stem.0"), "weight", nn.Softplus()
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:frozen module")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_frozen_layer_s_settings(name: str) -> None:
+    """The rewriting reads them, and the trace does not."""
+    net = network()
+    model = fxfreeze.compile(net, Milestones({"blocks.0": 0})).eval()
+    x = images()
+    before = assert_same(model, x=x)
+    SETTINGS[name](net)
+    assert_same(model, changed_from=before, x=x)
+
+
+@pytest.mark.filterwarnings("ignore:frozen module")
+def test_what_took_a_frozen_parameter_s_place() -> None:
+    """A pruned layer's own weight, and a parametrized one's, are frozen and watched as the one before."""
+    net = network()
+    model = fxfreeze.compile(net, Milestones({"blocks.0": 0})).eval()
+    x = images()
+    assert_same(model, x=x)
+    prune.l1_unstructured(net.get_submodule("stem.0"), "weight", 0.5)
+    parametrize.register_parametrization(net.get_submodule("blocks.0.0"), "weight", nn.Softplus())
+    for name in ("stem.0.weight_orig", "blocks.0.0.parametrizations.weight.original"):
+        before = assert_same(model, x=x)
+        with torch.no_grad():
+            net.get_parameter(name).mul_(-1.5)
+        assert_same(model, changed_from=before, x=x)
+        assert not net.get_parameter(name).requires_grad
+
+
+def test_settings_that_stay_cost_no_rebuild() -> None:
+    model = fxfreeze.compile(network(), Milestones({"blocks.0": 0})).eval()
+    model(images())
+    made = model.prefix.build_seconds
+    model.original.get_submodule("stem.0").padding = (1, 1)
+    model(images())
+    assert model.prefix.build_seconds == made
 
 
 @pytest.mark.parametrize("part", ["stem", "blocks"])

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxfreeze.rewrite import Op, Outcome, constant, forget, hold, op_of, other_user, place
+from fxfreeze.effects import declared
+from fxfreeze.operators import LAYERS, Op, op_of
+from fxfreeze.rewrite import Outcome, constant, forget, hold, other_user, place
 
 __all__ = ["fold_batchnorm", "scale_shift"]
 
@@ -73,7 +75,7 @@ def _double(value: Any, module: GraphModule) -> Tensor:
 
 def _check(layer_node: Any, layer: Op | None, node: Node, module: GraphModule) -> str | None:
     """Why the layer before a batch norm can't take it in."""
-    if layer is None or layer.kind == "batch_norm":
+    if layer is None or layer.kind not in LAYERS:
         return f"its input {layer_node} is no convolution or linear layer"
     if (user := other_user(layer_node, node)) is not None:
         return f"the output of {place(layer_node)} has another user: {user.name}"
@@ -130,11 +132,12 @@ def _to_scale_shift(node: Node, norm: Op, scale: Tensor, shift: Tensor, module: 
             for name, t in (("scale", scale), ("shift", shift))
         ]
         replacement = module.graph.call_function(scale_shift, (norm.input, *held))
-    replacement.meta.update(node.meta)
+    replacement.meta.update(node.meta, affine=(scale.float(), shift.float()))  # a kernel computes in fp32
     node.replace_all_uses_with(replacement)
     module.graph.erase_node(node)
 
 
+@declared
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift``, channels along dimension 1; x (N, C, ...), scale and shift (1, C, 1, ...) of x's dtype."""
     if x.dim() > 2 and x.is_contiguous():

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxfreeze.effects import Memory
-from fxfreeze.rewrite import Op, Outcome, constant, forget, hold, op_of, place
+from fxfreeze.operators import LAYERS, Op, op_of
+from fxfreeze.rewrite import Outcome, constant, forget, hold, place, views_may_copy
 
 __all__ = ["prepare_weights"]
-
-_LAYERS = ("conv", "conv_transpose", "linear")
 
 
 def prepare_weights(module: GraphModule) -> list[Outcome]:
@@ -24,8 +22,8 @@ def prepare_weights(module: GraphModule) -> list[Outcome]:
     ``module.meta``: "compute_dtype" is autocast's dtype or None; "laid_out", whether an earlier segment made the inputs.
     """
     dtype: torch.dtype | None = module.meta["compute_dtype"]
-    layers = [(node, op) for node in module.graph.nodes if (op := op_of(node, module)) and op.kind in _LAYERS]
-    channels_last = _prefers_channels_last(layers) and _views_may_copy(module)
+    layers = [(node, op) for node in module.graph.nodes if (op := op_of(node, module)) and op.kind in LAYERS]
+    channels_last = _prefers_channels_last(layers) and views_may_copy(module)
     if channels_last and not module.meta["laid_out"]:
         _convert_inputs(module)
     outcomes = []
@@ -66,24 +64,6 @@ def _prefers_channels_last(layers: list[tuple[Node, Op]]) -> bool:
     return bool(dtypes) and dtypes <= (
         {torch.bfloat16, torch.float16} if on_cuda else {torch.float32, torch.bfloat16, torch.float16}
     )
-
-
-def _views_may_copy(module: GraphModule) -> bool:
-    """Make each ``view`` a ``reshape``, for a view refuses what is laid out otherwise; False where the layout matters.
-
-    That is where something writes through a view, where one reads the same bytes as another dtype, and where random
-    numbers are drawn, in the order in which they lie in memory.
-    """
-    views = [n for n in module.graph.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
-    if any(isinstance(argument, torch.dtype) for n in views for argument in n.args):
-        return False
-    memory = Memory(module.graph, module.get_submodule)
-    written = {memory.class_of(w) for does in memory.effects.values() for w in does.writes}
-    if any(memory.class_of(n) in written for n in views) or any(does.random for does in memory.effects.values()):
-        return False
-    for n in views:
-        n.target = {"view": "reshape", "view_as": "reshape_as"}[n.target]
-    return True
 
 
 def _convert_inputs(module: GraphModule) -> None:

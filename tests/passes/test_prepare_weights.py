@@ -113,7 +113,7 @@ def test_autocast_casts_once(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(shape)
     before = {key: (value.clone(), value.stride()) for key, value in net.state_dict().items()}
     with torch.no_grad(), torch.autocast("cpu", dtype, cache_enabled=False):
-        segment = frozen(net, x, passes=PASSES)
+        segment = frozen(net, x, passes=PASSES["plain"])
         assert segment.rewritten is not None, segment.reason
         held = [*net.parameters(), *net.buffers(), *segment.rewritten.buffers()]
         assert casts_of(lambda: net(x), held) > 0
@@ -162,7 +162,7 @@ def test_channels_last_where_it_pays(name: str) -> None:
     make, dtype, autocast, shape, expected = CHANNELS_LAST[name]
     net = settle(nn.Sequential(make())).to(dtype)
     x = torch.randn(shape, dtype=dtype)
-    segment = frozen(net, x, passes=PASSES, precision=autocast)
+    segment = frozen(net, x, passes=PASSES["plain"], precision=autocast)
     assert segment.rewritten is not None, segment.reason
     kernels = [t for name, t in segment.rewritten.named_buffers() if t.dim() == 4 and "weight" in name]
     kernels = [k for k in kernels if not k.is_contiguous()]
@@ -181,7 +181,7 @@ def test_boundary_as_the_original_lays_it_out(
     net = settle(nn.Sequential(make()))
     x = torch.randn(IMAGE).contiguous(memory_format=layout)
     with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        segment = frozen(net, x, passes=PASSES)
+        segment = frozen(net, x, passes=PASSES["plain"])
         expected = net(x)
         values = segment(x)[0]
     assert values.dtype == expected.dtype
