@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxfreeze.chain import Chain
 from fxfreeze.derived import Derived
 from fxfreeze.inputs import TraceRefusal
-from fxfreeze.rows import batch_size, like, merged, resized
+from fxfreeze.rows import batch_size, like, merged, repeated, resized, take
 from fxfreeze.rowwise import NotRowwise, Undecided
 from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
 from fxfreeze.surgery import Plan, Surgery, plan_key
@@ -26,11 +26,13 @@ class Forward:
 
     batch_size: the most samples that a training step has had. The prefix computes a smaller batch with as many, its first
     sample repeated: rows of small batches differ in the last bits, and a stored row must be what any step would compute.
+    compiled: whether a call ran under torch.compile.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.batch_size = 0
+        self.compiled = False
         self._taps: list[weakref.ref[Tap]] = []
         self._witnesses: list[Tensor] = []  # some samples, by which to tell what a batch of one does not
 
@@ -38,8 +40,15 @@ class Forward:
         """Let ``tap`` see every call from now on, as long as it lives."""
         self._taps = [*(ref for ref in self._taps if ref() is not None), weakref.ref(tap)]
 
+    @property
+    def taps(self) -> list[Tap]:
+        return [tap for ref in self._taps if (tap := ref()) is not None]
+
     def __call__(self, derived: Derived, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _Call(derived, args, kwargs)
+        if call.batch is not None and call.batch.depth > derived.depth:
+            call.check_batch(call.batch, self.net)  # it was made before the depth was lowered
+            return self(derived, *call.fetched(call.batch))
         if self.training:
             self._learn(call.tensors)
         if not derived.depth:
@@ -75,13 +84,17 @@ class Forward:
     def _show(self, call: "_Call", chain: Chain | None = None) -> list[Fill]:
         """Let the taps see the tensors of a call; ``chain``: what computes the boundary from them."""
         if torch.compiler.is_compiling():
+            self.compiled = True
             return []  # Dynamo can't follow what looks at values
-        taps = [tap for ref in self._taps if (tap := ref()) is not None]
-        return [fill for tap in taps if (fill := tap.received(call.tensors, chain)) is not None]
+        return [fill for tap in self.taps if (fill := tap.received(call.tensors, chain)) is not None]
 
     def boundary(self, call: "_Call", plan: Plan) -> tuple[Any, ...] | None:
         """What the prefix hands over to the suffix; None where the model must be given the inputs of a stored batch."""
-        return self._frozen(call, plan) if call.batch is None else self._stored(call, plan, call.batch)
+        if call.batch is None:
+            return self._frozen(call, plan)
+        # What is stored is not for Dynamo to trace. Where nothing compiles, this costs nothing.
+        stored = torch.compiler.disable(self._stored) if torch.compiler.is_compiling() else self._stored  # type: ignore[no-untyped-call]
+        return stored(call, plan, call.batch)
 
     def _frozen(self, call: "_Call", plan: Plan) -> tuple[Any, ...]:
         """From the tensors of a call."""
@@ -90,9 +103,11 @@ class Forward:
         if not self.training and not self.batch_size:
             fills = []  # it is not known yet how training will compute a row
         count = batch_size(tensors)
-        if (self.training or fills) and count is not None and count < self.batch_size and self._pads(chain, tensors):
-            rows = self._rows(call, plan, Part(0, None, tensors), fills)
-            return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
+        if (self.training or fills) and count is not None and count != self.batch_size:
+            if self._pads(chain, tensors):
+                rows = self._rows(call, plan, Part(0, None, tensors), fills)
+                return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
+            fills = []  # no training step would compute these rows
         if not fills:
             return chain.segment((0, chain.depth), tensors, tensors)(*tensors)
         values: Sequence[Any] = ()
@@ -101,12 +116,10 @@ class Forward:
         return chain.handed_over(values, tensors)
 
     def _pads(self, chain: Chain, tensors: Sequence[Tensor]) -> bool:
-        """Whether samples can be added to a batch and nothing else notices."""
-        if chain.frontier(chain.depth).whole:
-            return False
+        """Whether a batch can be computed with other samples, or in pieces, and nothing else notices."""
         for samples in (tensors, self._witnesses):
             try:
-                chain.frontier(chain.depth).rows(samples)
+                chain.frontier(chain.depth).rows(repeated(samples, self.batch_size))
                 return True
             except Undecided:
                 continue
@@ -127,9 +140,21 @@ class Forward:
         return chain.handed_over(values, tensors)
 
     def _rows(self, call: "_Call", plan: Plan, part: Part, fills: Sequence[Fill]) -> Sequence[Tensor]:
-        """The rows at the model's depth of some samples, computed with as many as training has."""
+        """The rows at the model's depth of some samples, computed with as many as training has: more in pieces, if stored."""
         if part.depth == plan.chain.depth:
             return part.rows
+        count = len(part.rows[0])
+        if not fills or count <= self.batch_size:
+            return self._piece(call, plan, part, fills)
+        where = torch.split(torch.arange(count), self.batch_size)
+        places = where if part.places is None else torch.split(part.places, self.batch_size)
+        pieces = [
+            Part(part.depth, at, [take(r, own) for r in part.rows]) for at, own in zip(places, where, strict=True)
+        ]
+        columns = zip(*(self._piece(call, plan, piece, fills) for piece in pieces), strict=True)
+        return [merged(count, [*zip(where, rows, strict=True)]) for rows in columns]
+
+    def _piece(self, call: "_Call", plan: Plan, part: Part, fills: Sequence[Fill]) -> Sequence[Tensor]:
         count = len(part.rows[0])
         size = max(self.batch_size, count)
         inputs = resized(part.rows if part.depth == 0 else call.tensors, size)
@@ -168,11 +193,6 @@ class _Call:
         self.leaves = [leaf.example.tensor if isinstance(leaf, Boundary) else leaf for leaf in self.given]
         self.tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self.slots = [leaf.slot for leaf in self.given if isinstance(leaf, Boundary)]
-        if self.batch is not None and self.batch.depth > derived.depth:
-            raise ValueError(
-                f"the model, frozen to depth {derived.depth}, was given activations stored at depth {self.batch.depth}: "
-                f"a CachedLoader serves the model that it was made with"
-            )
         if derived.depth and torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors):
             raise RuntimeError(
                 f"an input requires grad, but the first {derived.depth} units are frozen and run without a tape: "
@@ -199,6 +219,14 @@ class _Call:
         supply = iter(tensors)
         leaves = [next(supply) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         return _Call(self.derived, *pytree.tree_unflatten(leaves, self.spec))
+
+    def check_batch(self, batch: StoredBatch, net: nn.Module) -> None:
+        """ValueError for what is stored of another network, and deeper than this one is frozen."""
+        if not batch.is_for(net):
+            raise ValueError(
+                f"the model, frozen to depth {self.derived.depth}, was given activations stored at depth {batch.depth}: "
+                f"a CachedLoader serves the model that it was made with"
+            )
 
     def fetched(self, batch: StoredBatch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with the inputs that the stored batch stands for."""

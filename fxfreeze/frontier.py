@@ -1,5 +1,6 @@
 """The boundary at one depth of a trace, as the original hands it over: a row for each sample, and what all share."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from fxfreeze.rowwise import NotRowwise, Undecided, find_rows
 from fxfreeze.runtime import layouts_of
 
 __all__ = ["Frontier"]
+
+_SIZES = 16  # of batches, of which the values that all samples share are kept
 
 
 class Frontier:
@@ -48,16 +51,21 @@ class Frontier:
         return self._rows
 
     def completed(self, rows: Sequence[Tensor], inputs: Sequence[Any]) -> list[Any]:
-        """All values, from those that hold rows; ``inputs``: of a call with as many samples, whichever they are."""
+        """All values, from those that hold rows; ``inputs``: of a call with as many samples, whichever they are.
+
+        Those that all samples share are copies: a caller may be handed them, and write into them.
+        """
         mask = self.rows(inputs)
         supply = iter(rows)
         if all(mask):
             return list(supply)
         shapes = tuple(t.shape if isinstance(t, Tensor) else t for t in inputs)
         if shapes not in self._shared:
+            if len(self._shared) == _SIZES:
+                del self._shared[next(iter(self._shared))]
             outputs = self._run(inputs)
             self._shared[shapes] = [None if is_row else v for v, is_row in zip(outputs, mask, strict=True)]
-        return [next(supply) if is_row else v for v, is_row in zip(self._shared[shapes], mask, strict=True)]
+        return [next(supply) if is_row else _copy(v) for v, is_row in zip(self._shared[shapes], mask, strict=True)]
 
     def chosen(self, values: Sequence[Any], inputs: Sequence[Any]) -> list[Tensor]:
         """Of all values, those that hold rows."""
@@ -66,3 +74,7 @@ class Frontier:
     def _run(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         with torch.no_grad(), random_state_kept(), rehearsed(self.whole):
             return tuple(self.plain.forward(*inputs))
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)

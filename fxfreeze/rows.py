@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxfreeze.layouts import order_of
 
-__all__ = ["batch_size", "contiguous_rows", "in_order", "like", "merged", "resized", "take"]
+__all__ = ["batch_size", "contiguous_rows", "in_order", "like", "merged", "repeated", "resized", "take"]
 
 Order = tuple[int, ...] | None
 
@@ -56,6 +56,15 @@ def resized(values: Sequence[Any], size: int) -> Sequence[Any]:
         return values
     samples = torch.arange(size)
     samples[count:] = 0
+    return [take(value, samples) if isinstance(value, Tensor) else value for value in values]
+
+
+def repeated(values: Sequence[Any], size: int) -> Sequence[Any]:
+    """A batch with its samples over again, to have at least ``size``."""
+    count = batch_size(values)
+    if not count or count >= size:
+        return values
+    samples = torch.arange(size) % count
     return [take(value, samples) if isinstance(value, Tensor) else value for value in values]
 
 

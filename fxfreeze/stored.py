@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fxfreeze.chain import Chain
 
 __all__ = ["Boundary", "Fill", "Part", "StoredBatch", "Tap", "stored_batch"]
@@ -60,6 +62,10 @@ class StoredBatch(Protocol):
 
     def inputs(self) -> list[Tensor]:
         """What the Boundaries of the batch stand for, by slot, as the loader would have given it."""
+        ...
+
+    def is_for(self, net: nn.Module) -> bool:
+        """Whether it is of the loader of this network."""
         ...
 
 
@@ -184,13 +190,23 @@ class _Shape:
 
 
 class Example:
-    """An input like those of a batch; copies on other devices and in other layouts are made once."""
+    """An input like those of a batch; copies on other devices and in other layouts are made once.
 
-    def __init__(self, tensor: Tensor) -> None:
+    whole: an example of more samples, of which these are the first: it has the copies.
+    """
+
+    def __init__(self, tensor: Tensor, whole: Example | None = None) -> None:
         self.tensor = tensor
+        self._whole = whole
         self._copies: dict[tuple[Any, ...], Example] = {}
 
+    def first(self, count: int) -> Example:
+        """Its first samples, in its memory."""
+        return self if count == len(self.tensor) else Example(self.tensor[:count], self)
+
     def to(self, device: torch.device | None, layout: torch.memory_format | None) -> Example:
+        if self._whole is not None:
+            return self._whole.to(device, layout).first(len(self.tensor))
         key = (device, layout)
         if key not in self._copies:
             format = torch.preserve_format if layout is None else layout

@@ -180,6 +180,49 @@ def test_what_mixes_samples_is_named(function: Any, message: str) -> None:
         rows_of(function, X)
 
 
+def brightest(net: nn.Module, x: Tensor) -> Tensor:
+    scale = x.abs().max() / 7
+    return (x / scale).round() * scale
+
+
+MANY = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+FIRST = torch.cat([MANY[:1].sign() * 9, MANY[1:]])  # its first sample is the brightest
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (brightest, FIRST),
+        (brightest, FIRST.flip(0)),
+        (lambda net, x: x * (torch.ones_like(x).cumsum(0) <= 9), MANY),
+        (lambda net, x: x * ((x[:, :1] > 0).to(x.dtype).cumsum(0) <= 9), MANY),
+    ],
+    ids=["by the first sample", "by the last", "by place", "by how many are alike"],
+)
+def test_what_mixes_samples_in_a_large_batch_alone(function: Any, x: Tensor) -> None:
+    with pytest.raises(NotRowwise, match="mixes the samples"):
+        rows_of(function, x)
+
+
+def test_a_module_that_counts_in_a_buffer() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(len(x))
+            return x + 0 if x.sum() > 1e9 else x * 2
+
+    net = nn.Sequential(Counting(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model = fxfreeze.compile(net, fxfreeze.Milestones({"1": 0})).train()
+    with pytest.warns(UserWarning, match="frozen module '0' runs as it is"):
+        model(MANY)
+    output = model(MANY[:5])
+    assert int(net[0].count) == 21  # and no more: a small batch is not filled up
+    torch.testing.assert_close(output, net(MANY[:5]))
+
+
 def test_equal_samples_can_t_tell() -> None:
     with pytest.raises(Undecided, match="5 equal samples"):
         rows_of(lambda net, x: net.norm(x), X[:1].expand(5, 4))

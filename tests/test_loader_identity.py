@@ -33,7 +33,8 @@ from fxfreeze.cache.identity import store_name
 
 STEPS = -(-COUNT // 8)  # an epoch
 KEY = {
-    *("network", "depth", "unit", "graph", "weights", "dtype", "device", "backend", "inputs", "batch", "stored as"),
+    *("network", "depth", "unit", "graph", "code", "weights", "dtype", "device", "backend", "numerics"),
+    *("inputs", "batch"),
     *("data", "length", "samples", "parts", "views", "stored as"),
 }
 

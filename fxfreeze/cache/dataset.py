@@ -50,19 +50,24 @@ class KnownData:
             _refuse_augmentation(dataset, self._probed, sure=fingerprint is not None)
         samples = self._read()
         self.form = BatchForm.learn(loader.collate_fn, samples[:_FORM_SAMPLES], inputs, parameters)
-        self._examples = self.form.inputs(collated(loader.collate_fn, samples[:_FORM_SAMPLES]))
-        self._of_size: dict[int, list[Tensor]] = {}
-        self._digest = self._find_digest(samples)
+        self._digest = ""
+        self._know(samples)
 
     def _read(self) -> list[Any]:
         read = probes.read if self.fixed else probes.read_seeded
         return read(self._loader.dataset, self._probed)
 
+    def _know(self, samples: list[Any]) -> None:
+        before, self._collate = self._digest, self._loader.collate_fn
+        self._digest = self._find_digest(samples)
+        if self._digest != before:
+            self._examples = self.form.inputs(collated(self._collate, samples[:_FORM_SAMPLES]))
+
     def _find_digest(self, samples: list[Any]) -> str:
         """A checksum of what the samples are as a batch, the collate function's part in it included."""
         if self._fingerprint is not None:
             return f"fingerprint {self._fingerprint}"
-        batch = collated(self._loader.collate_fn, samples)
+        batch = collated(self._collate, samples)
         columns = self.form.rest(batch)
         return checksum([self.form.checksums(batch), [columns[column.name] for column in self.form.columns]])
 
@@ -86,16 +91,17 @@ class KnownData:
         before = self.length, self._digest
         if length != self.length:
             self.length, self._probed = length, probes.probed(length)
-        if length != before[0] or (reread and self.fixed and self._fingerprint is None):
-            self._digest = self._find_digest(self._read())
+        other = length != before[0] or self._loader.collate_fn != self._collate
+        if other or (reread and self.fixed and self._fingerprint is None):
+            self._know(self._read())
         return (self.length, self._digest) != before
 
     def examples(self, size: int) -> list[Tensor]:
-        """Inputs like those of a batch of ``size``."""
-        if size not in self._of_size:
-            samples = torch.arange(size) % len(self._examples[0])
-            self._of_size[size] = [take(example, samples) for example in self._examples]
-        return self._of_size[size]
+        """Inputs like those of a batch of ``size``, in the memory of the largest batch that was asked for."""
+        held = len(self._examples[0])
+        if size > held:
+            self._examples = [take(example, torch.arange(size) % held) for example in self._examples]
+        return [example[:size] for example in self._examples]
 
 
 def _refuse_augmentation(dataset: Any, probed: Sequence[int], *, sure: bool) -> None:

@@ -1,7 +1,9 @@
 """The batches of a wrapped loader, in its order, of which only those samples are read that are asked for."""
 
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    get_worker_info,
 )
 
 from fxfreeze.cache.errors import CacheRefusal
@@ -51,32 +54,35 @@ class Batches:
 
     def epoch(self, *, workers: bool) -> Iterator[Fetched]:
         """workers: whether the wrapped loader's read the samples, or this process does."""
-        keep = self._loader.num_workers > 0 and self._loader.persistent_workers
-        if keep and workers:
-            self._persistent = self._persistent or self._make(workers)
-            loader = self._persistent
-        else:
-            loader = self._make(workers)
-        generator = torch.default_generator if self._loader.generator is None else self._loader.generator
-        before = generator.get_state()
-        iterator = iter(loader)
-        if keep and not workers and self._seeded:
-            generator.set_state(before)
+        loader = self._loader
+        count = loader.num_workers
+        keep = count > 0 and loader.persistent_workers
+        first = not (keep and self._seeded)
         self._seeded = True
+        if count and workers:
+            made = self._persistent or self._make(_Requests(loader._index_sampler, self._missing), count, seeded=first)
+            self._persistent = made if keep else None
+            return iter(made)
+        requests = _Requests(loader._index_sampler, self._missing)
+        iterator = iter(self._make(requests, 0, seeded=first))
+        if count:
+            assert loader.prefetch_factor is not None
+            requests.run_ahead(count * loader.prefetch_factor, again=first)
         return iterator
 
     def read(self, indices: list[int]) -> Any:
         """These samples, collated, at once and in this process."""
         return self._loader.collate_fn(_Samples(self._loader.dataset).of(indices))
 
-    def _make(self, workers: bool) -> DataLoader[Any]:
+    def _make(self, requests: "_Requests", workers: int, *, seeded: bool) -> DataLoader[Any]:
+        """seeded: whether the workers' seed is drawn from the wrapped loader's generator."""
         loader = self._loader
         own: dict[str, Any] = {"num_workers": 0}
-        if workers and loader.num_workers:
+        if workers:
             own = {
-                "num_workers": loader.num_workers,
+                "num_workers": workers,
                 "timeout": loader.timeout,
-                "worker_init_fn": loader.worker_init_fn,
+                "worker_init_fn": _Start(loader.worker_init_fn),
                 "multiprocessing_context": loader.multiprocessing_context,
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
@@ -85,25 +91,43 @@ class Batches:
         collate: Any = _Collate(loader.collate_fn)
         return DataLoader(
             samples,
-            batch_sampler=_Requests(loader._index_sampler, self._missing),  # type: ignore[arg-type]
+            batch_sampler=requests,  # type: ignore[arg-type]
             collate_fn=collate,
             pin_memory=loader.pin_memory,
-            generator=loader.generator,
+            generator=loader.generator if seeded else torch.Generator(),
             **own,
         )
 
 
 class _Requests:
-    """A batch sampler that says of each batch what is to be read."""
+    """A batch sampler that says of each batch what is to be read. One iterator at a time: itself."""
 
     def __init__(self, batches: Any, missing: Callable[[list[int]], list[int]]) -> None:
         self._batches = batches
         self._missing = missing
+        self._ahead: deque[list[int]] | None = None
+
+    def run_ahead(self, count: int, *, again: bool) -> None:
+        """Draw so many batches now, and from now on one with each that is asked for, as if it had gone to a worker.
+
+        again: begin anew, which a loader does once its workers have started.
+        """
+        if again:
+            iter(self)
+        self._ahead = deque(islice(self._drawn, count))
 
     def __iter__(self) -> Iterator[Request]:
-        for batch in self._batches:
-            indices = [_index(value) for value in batch]
-            yield Request(indices, self._missing(indices))
+        # At once: a batch sampler may draw when it is asked for an iterator.
+        self._drawn = ([_index(value) for value in batch] for batch in iter(self._batches))
+        return self
+
+    def __next__(self) -> Request:
+        if self._ahead:
+            indices = self._ahead.popleft()
+            self._ahead.extend(islice(self._drawn, 1))
+        else:
+            indices = next(self._drawn)
+        return Request(indices, self._missing(indices))
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -113,11 +137,11 @@ class _Samples:
     """A data set that reads what a request asks for."""
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+        self.dataset = dataset
 
     def of(self, indices: list[int]) -> list[Any]:
-        many = getattr(self._dataset, "__getitems__", None)
-        return list(many(indices)) if many else [self._dataset[index] for index in indices]
+        many = getattr(self.dataset, "__getitems__", None)
+        return list(many(indices)) if many else [self.dataset[index] for index in indices]
 
     def __getitems__(self, request: Request) -> tuple[Request, list[Any]]:
         return request, self.of([request.indices[place] for place in request.places])
@@ -126,7 +150,20 @@ class _Samples:
         raise TypeError("samples are read by request")
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
+
+
+class _Start:
+    """Begins a worker: to the user's function, and all that runs there, its data set is the user's."""
+
+    def __init__(self, function: Callable[[int], None] | None) -> None:
+        self._function = function
+
+    def __call__(self, worker: int) -> None:
+        info: Any = get_worker_info()
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # it is frozen
+        if self._function is not None:
+            self._function(worker)
 
 
 class _Collate:

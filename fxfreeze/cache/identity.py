@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -10,18 +10,22 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
+from fxfreeze.cache.code import code_digest, is_torchs, named
 from fxfreeze.cache.contents import ContentsError, checksum, dense
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.memory import tensor_bytes
+from fxfreeze.cache.numerics import numerics
+from fxfreeze.cache.outside import INTERNAL
 from fxfreeze.chain import Chain
+from fxfreeze.derived import frozen_tensors
 from fxfreeze.layouts import order_of
 from fxfreeze.sizes import dtype_text
 from fxfreeze.units import Unit
 
-__all__ = ["outside", "prefix_identity", "store_name", "weights_digest"]
+__all__ = ["prefix_identity", "store_name", "weights_digest"]
 
-_INTERNAL = frozenset([*vars(nn.Module()), "training"])
+_WITH_CODE = (FunctionType, MethodType, type)
 _PLAIN = (
     type(None),
     bool,
@@ -37,22 +41,26 @@ _PLAIN = (
 )
 
 
-def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int], batch: int) -> Identity:
+def prefix_identity(
+    chain: Chain, depth: int, tensors: Sequence[Tensor], slots: Sequence[int], batch: int, backend: str
+) -> Identity:
     """Of the boundary at ``depth``, as ``chain`` computes it from a call with ``tensors``.
 
     slots: which of the loader's inputs each of them is; batch: how many samples it computes at a time.
     CacheRefusal for a module whose settings can't be told.
     """
-    plain, units = chain.frontier(depth).plain, chain.ownership.units[:depth]
+    plain, units = chain.frontier(depth).plain, chain.ownership.units
     return {
         "network": type(chain.net).__qualname__,
         "depth": depth,
-        "unit": units[-1].name,
+        "unit": units[depth - 1].name,
         "graph": xxh3_64_hexdigest("\n".join(_lines(plain)).encode()),
-        "weights": weights_digest(chain.net, units),
+        "code": code_digest(_code(plain)),
+        "weights": weights_digest(chain.net, units, depth),
         "dtype": dtype_text(chain.computation.autocast) if chain.computation.autocast else "model",
         "device": chain.computation.device,
-        "backend": "plain",
+        "backend": backend,
+        "numerics": numerics(chain.computation.device),
         "batch": batch,
         "inputs": "; ".join(
             f"{slot}: {dtype_text(t.dtype)} {list(t.shape[1:])} {order_of(t)}"
@@ -61,30 +69,15 @@ def prefix_identity(chain: Chain, depth: int, tensors: Sequence[Tensor], slots: 
     }
 
 
-def outside(chain: Chain, depth: int) -> tuple[tuple[int, int, int], ...]:
-    """What differs once a tensor is another that the graph reads as an attribute: frozen units do not hold all of them."""
-    found = [tensor for _, tensor in _attributes(chain.frontier(depth).plain)]
-    return tuple((id(t), 0 if t.is_inference() else t._version, t.data_ptr()) for t in found)
-
-
-def _attributes(plain: GraphModule) -> Iterable[tuple[str, Tensor]]:
-    for node in plain.graph.nodes:
-        if node.op == "get_attr":
-            value = operator.attrgetter(str(node.target))(plain)
-            if isinstance(value, Tensor):
-                yield str(node.target), value
-
-
-def weights_digest(net: nn.Module, units: Iterable[Unit]) -> str:
-    """xxh3_128 of all parameters and buffers of the units."""
+def weights_digest(net: nn.Module, units: Sequence[Unit], depth: int) -> str:
+    """xxh3_128 of all parameters and buffers of the first ``depth`` units."""
     digest = xxh3_128()
-    for unit in units:
-        buffers = [(f"{name}.{key}", b) for name in unit.modules for key, b in net.get_submodule(name)._buffers.items()]
-        for name, tensor in [*((name, net.get_parameter(name)) for name in unit.parameters), *buffers]:
-            if tensor is not None:
-                held = dense(tensor.detach().cpu())
-                digest.update(f"{name} {dtype_text(held.dtype)} {list(held.shape)};".encode())
-                digest.update(tensor_bytes(held))
+    for name, owner, key in frozen_tensors(net, units, depth):
+        tensor = owner.get(key)
+        if tensor is not None:
+            held = dense(tensor.detach().cpu())
+            digest.update(f"{name} {dtype_text(held.dtype)} {list(held.shape)};".encode())
+            digest.update(tensor_bytes(held))
     return digest.hexdigest()
 
 
@@ -105,10 +98,29 @@ def _lines(plain: GraphModule) -> Iterable[str]:
         yield f"{name} {checksum(tensor)}"
 
 
+def _attributes(plain: GraphModule) -> Iterable[tuple[str, Tensor]]:
+    for node in plain.graph.nodes:
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(plain)
+            if isinstance(value, Tensor):
+                yield str(node.target), value
+
+
+def _code(plain: GraphModule) -> Iterable[Any]:
+    """What of a graph has code that is not in it."""
+    for node in plain.graph.nodes:
+        if node.op == "call_function" and not is_torchs(node.target):
+            yield node.target
+        elif node.op == "call_module":
+            for part in plain.get_submodule(str(node.target)).modules():
+                yield type(part)
+                yield from (v for k, v in vars(part).items() if k not in INTERNAL and isinstance(v, _WITH_CODE))
+
+
 def _target(node: Node) -> str:
     if node.op in ("placeholder", "output"):
         return ""
-    return node.target if isinstance(node.target, str) else _named(node.target)
+    return node.target if isinstance(node.target, str) else named(node.target)
 
 
 def _text(value: Any, number: dict[Node, int]) -> str:
@@ -120,13 +132,13 @@ def _text(value: Any, number: dict[Node, int]) -> str:
         return f"{{{', '.join(f'{key}: {_text(item, number)}' for key, item in value.items())}}}"
     if isinstance(value, slice):
         return f"slice{_text((value.start, value.stop, value.step), number)}"
-    return repr(value) if isinstance(value, _PLAIN) else _named(value)
+    return repr(value) if isinstance(value, _PLAIN) else named(value)
 
 
 def _settings(module: nn.Module) -> Iterable[str]:
     """What a module that is called as a whole computes with, besides its weights."""
     for name, part in module.named_modules():
-        own = {key: value for key, value in vars(part).items() if key not in _INTERNAL}
+        own = {key: value for key, value in vars(part).items() if key not in INTERNAL}
         if type(part).__module__.startswith("torch.nn.") and type(part) is not nn.Module:
             own = {key: _text(value, {}) for key, value in own.items() if not key.startswith("_")}
         for key, value in own.items():
@@ -137,9 +149,4 @@ def _settings(module: nn.Module) -> Iterable[str]:
                     f"the frozen part can't be cached: {type(part).__qualname__}.{key} is a {error.kind}, and what it computes "
                     "with can't be told: let it be tensors, numbers or strings, or freeze to a depth before it"
                 ) from error
-        yield f"  {name} {_named(type(part))} {part.training}"
-
-
-def _named(value: Any) -> str:
-    kind = value if isinstance(value, type | FunctionType) or hasattr(value, "__qualname__") else type(value)
-    return f"{getattr(kind, '__module__', '')}.{kind.__qualname__}"
+        yield f"  {name} {named(type(part))} {part.training}"

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Blob, Column
-from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CacheRefusal, CorruptCache
+from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CorruptCache
 from fxfreeze.cache.filling import BatchFill, Filling
-from fxfreeze.cache.identity import outside, prefix_identity
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.placement import Placement
 from fxfreeze.cache.served import Called, Served, Yielded
 from fxfreeze.cache.shelf import Shelf, Source
+from fxfreeze.cache.validity import Validity
 from fxfreeze.cache.worth import Worth
-from fxfreeze.rows import like
-from fxfreeze.rowwise import NotRowwise
-from fxfreeze.sizes import bytes_text, dtype_text
+from fxfreeze.sizes import bytes_text
 
 if TYPE_CHECKING:
-    from fxfreeze.chain import Chain
     from fxfreeze.model import FreezableModel
 
 __all__ = ["Library"]
 
+_KEPT = 2  # stores of one depth: of the weights in training, and of an average of them
 _MOST = 0.8  # of a round's samples that a store has to hold before the next deeper one may be begun
 
 
@@ -56,7 +53,6 @@ class Library:
         self.worth = worth
         self.placement = placement
         self.say = say
-        self._examples = examples
         self.filling: Filling | None = None
         self.stopped = False  # nothing is written any more
         self._rest = tuple(rest)
@@ -67,30 +63,20 @@ class Library:
         self._count = 0
         self._declined = 0  # the deepest depth that was found not to be worth storing
         self._placed: set[Path] = set()
-        self._device: torch.device | None = None  # that the model runs on, once it is known
-        self._chain: weakref.ref[Chain] | None = None
-        # By chain and depth: what it reads beside the frozen units' own, as of then, and the identity.
-        self._identities: weakref.WeakKeyDictionary[Chain, dict[int, tuple[Any, Identity | None]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._validity = Validity(model, shelf, store_dtype, examples)
+        self._begun: list[Identity] = []  # stores that this loader began, the one last computed or served at the end
 
     # ---- reading
 
     @property
     def sources(self) -> list[Source]:
         """Those that hold, as far as is known, what the model computes at its depth or before; deepest first."""
-        return [s for s in self._sources if s.depth <= self.model.depth and self._known(s) is not False]
-
-    def _known(self, source: Source) -> bool | None:
-        """Whether the source was found to hold what the model computes; None if it was never asked."""
-        chain = None if self._chain is None else self._chain()
-        known = {} if chain is None else self._identities.get(chain, {})
-        return known[source.depth][1] == source.identity if source.depth in known else None
+        return [s for s in self._sources if s.depth <= self.model.depth and self._validity.known(s) is not False]
 
     @property
     def pinned(self) -> bool:
         """Whether what is read goes on to a GPU."""
-        return self._device is not None and self._device.type == "cuda"
+        return self._validity.device is not None and self._validity.device.type == "cuda"
 
     def held(self, keys: Tensor) -> Tensor:
         """(n,) bool, whether each row is held by one of the sources."""
@@ -107,12 +93,15 @@ class Library:
     @property
     def serving(self) -> Source | None:
         """The deepest complete store of which is known that it holds what the model computes."""
-        return next((source for source in self.sources if source.store.complete and self._known(source)), None)
+        return next((source for source in self.sources if source.store.complete and self._validity.known(source)), None)
 
     def valid(self, source: Source, call: Called) -> bool:
         """Whether the source holds what is computed from the call."""
-        self._meet(call)
-        return source in self._sources and self._identity(call, source.depth) == source.identity
+        self._validity.meet(call)
+        if source not in self._sources or self._validity.identity(call, source.depth) != source.identity:
+            return False
+        self._used(source.identity)
+        return True
 
     def lose(self, source: Source, error: CacheError) -> None:
         """Give up a source that can't be read; what it held is computed again."""
@@ -174,15 +163,16 @@ class Library:
         self.commit()
         self.filling = None
         self._sources.clear()
-        self._identities.clear()
+        self._validity.forget()
+        self._begun.clear()
 
     # ---- filling
 
     def fill_for(self, call: Called, batch: Yielded | Served) -> BatchFill | None:
         """What takes the rows of a batch that are computed in this call."""
-        if call.chain.net is not self.model.original:
-            return None
-        self._meet(call)
+        if call.chain.net is not self.model.original or not self.model._forward.batch_size:
+            return None  # it is not known yet how training will compute a row
+        self._validity.meet(call)
         self._retire(call)
         filling = self.filling
         if filling is not None and self.model._forward.training and self._is_of_another(filling, call):
@@ -197,7 +187,7 @@ class Library:
 
     def _is_of_another(self, filling: Filling, call: Called) -> bool:
         """Whether what is filled is not what this call computes at its depth."""
-        return filling.depth <= call.chain.depth and self._identity(call, filling.depth) != filling.identity
+        return filling.depth <= call.chain.depth and self._validity.identity(call, filling.depth) != filling.identity
 
     def _is_held(self, batch: Yielded | Served, filling: Filling, call: Called) -> bool:
         """Whether all of a batch comes from as deep as what is filled."""
@@ -205,65 +195,25 @@ class Library:
             return False
         return all(source.depth >= filling.depth and self.valid(source, call) for source, _, _ in batch.pieces)
 
-    def _meet(self, call: Called) -> None:
-        if call.chain.net is self.model.original:
-            self._chain = weakref.ref(call.chain)
-            self._device = call.tensors[0].device
-
     def _begin(self, call: Called, batch: Yielded | Served) -> None:
         self._may_begin = False
-        identity = self._identity(call, call.chain.depth)
+        identity = self._validity.identity(call, call.chain.depth)
         if identity is None:
-            self._refuse(call)
+            self._validity.refuse(call)
             return
         served = [s for s in self._sources if s.identity == identity]
         if any(source.store.complete for source in served):
             return
-        first = not any(self._known(source) for source in self.sources)
+        first = not any(self._validity.known(source) for source in self.sources)
         if not served and not self.worth.pays(call, batch, first=first):
             self._declined = call.chain.depth  # and it pays less with every step
             return
         self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed, self._rounded)
-
-    def _refuse(self, call: Called) -> None:
-        """CacheRefusal that says why the chain's boundary has no rows."""
-        try:
-            call.chain.frontier(call.chain.depth).rows(self._samples(call))
-        except NotRowwise as error:
-            raise CacheRefusal(
-                f"the frozen part can't be cached: {error}, so a sample has no activations of its own. Freeze to a depth "
-                "before it, or change the layer (give a batch norm running statistics)"
-            ) from error
-        raise CacheRefusal(
-            f"the frozen part can't be cached: nothing that crosses to the live part at depth {call.chain.depth} is of a sample"
-        )
-
-    def _samples(self, call: Called) -> list[Tensor]:
-        """Different samples of the data set, as the call has them."""
-        count = len(call.tensors[0])
-        examples = self._examples(count if count > 1 else 4)
-        return [like(examples[slot], tensor) for slot, tensor in zip(call.slots, call.tensors, strict=True)]
-
-    def _identity(self, call: Called, depth: int) -> Identity | None:
-        """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""
-        known = self._identities.setdefault(call.chain, {})
-        signs = self.model._forward.batch_size, tuple(call.slots), outside(call.chain, depth)
-        if depth not in known or known[depth][0] != signs:
-            known[depth] = signs, self._find_identity(call, depth)
-        return known[depth][1]
-
-    def _find_identity(self, call: Called, depth: int) -> Identity | None:
-        chain = call.chain
-        if depth > chain.depth or not chain.reaches(depth):
-            return None
-        try:
-            for each in {depth, chain.depth}:
-                if not any(chain.frontier(each).rows(self._samples(call))):
-                    return None
-        except NotRowwise:
-            return None
-        prefix = prefix_identity(chain, depth, call.tensors, call.slots, self.model._forward.batch_size)
-        return self.shelf.whole({**prefix, "stored as": _short(self._store_dtype)})
+        if served:
+            self._used(identity)
+        else:
+            self._begun.append(identity)
+            self._drop_outdated(identity)
 
     # ---- stores come and go
 
@@ -282,11 +232,16 @@ class Library:
     def _place(self) -> None:
         """Take the store that serves now into the memory where it should be."""
         serving = self.serving
-        if serving is None or serving.resident is not None or serving.path in self._placed or self._device is None:
+        if (
+            serving is None
+            or serving.resident is not None
+            or serving.path in self._placed
+            or self._validity.device is None
+        ):
             return
         self._placed.add(serving.path)
         try:
-            serving.resident = self.placement.resident(serving.store, self._device)
+            serving.resident = self.placement.resident(serving.store, self._validity.device)
         except CacheError as error:
             self.lose(serving, error)
 
@@ -297,7 +252,7 @@ class Library:
         """A store is complete: those that it was made from are needed no more."""
         size = bytes_text(source.store.nbytes)
         self.say(f"depth {source.depth} is stored: {source.store.held} rows, {size} in {source.path.name}")
-        for old in [s for s in self._sources if s.depth < source.depth and self._known(s)]:
+        for old in [s for s in self._sources if s.depth < source.depth and self._validity.known(s)]:
             self._drop(old)
 
     def _retire(self, call: Called) -> None:
@@ -316,8 +271,23 @@ class Library:
         with suppress(CacheError):  # another run writes it, or the folder is read-only
             self.shelf.drop(source.identity)
 
+    def _used(self, identity: Identity) -> None:
+        if identity in self._begun[:-1]:
+            self._begun.remove(identity)
+            self._begun.append(identity)
+
+    def _drop_outdated(self, latest: Identity) -> None:
+        """Of the stores that this loader began at a depth, all but those of the last weights: an average that is swapped in
+        for each evaluation would leave one behind every time."""
+        alike = [identity for identity in self._begun if identity["depth"] == latest["depth"]]
+        for old in alike[:-_KEPT]:
+            self._begun.remove(old)
+            self._sources = [source for source in self._sources if source.identity != old]
+            with suppress(CacheError):  # another run writes it
+                self.shelf.drop(old)
+
     def _rounded(self, error: float) -> None:
-        self.say(f"rows are stored as {_short(self._store_dtype)}, with a relative error of {error:.1e}")
+        self.say(f"rows are stored as {self._validity.stored_as}, with a relative error of {error:.1e}")
 
     def _failed(self, error: CacheError) -> None:
         if isinstance(error, CacheLocked):
@@ -326,7 +296,3 @@ class Library:
         self.stopped = True
         why = "there is no space left" if isinstance(error, CacheFull) else "it can't be written"
         self.say(f"nothing more is stored, for {why}: {error}")
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return "computed" if dtype is None else dtype_text(dtype)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import inspect
 import sys
-import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fxfreeze.cache.dataset import KnownData
-from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.fetch import Batches, Fetched, check_loader, draws_at_once
 from fxfreeze.cache.library import Library
+from fxfreeze.cache.lookup import Looked, Lookup
 from fxfreeze.cache.placement import Placement
 from fxfreeze.cache.served import Called, Served, Yielded, joined, own, sums_of
-from fxfreeze.cache.shelf import Rows, Shelf, Source
+from fxfreeze.cache.shelf import Shelf, Source
 from fxfreeze.cache.traffic import Traffic
 from fxfreeze.cache.views import Views
 from fxfreeze.cache.watch import Watch
@@ -37,23 +34,13 @@ __all__ = ["CachedLoader"]
 _CHECKED = 8  # batches before anything is frozen whose way to the model is watched: mixup is refused before it costs
 
 
-class Looked(NamedTuple):
-    """pieces: what is stored of a batch; absent: the places of what is not."""
-
-    fetched: Fetched
-    keys: Tensor
-    pieces: list[tuple[Source, Tensor, Rows]]
-    absent: Tensor
-    lost: list[tuple[Source, CacheError]]
-
-
 class CachedLoader:
     """Iterates like ``loader``: the same samples in the same order and batches, the same random numbers drawn.
 
     Once units of ``model`` are frozen, what they compute is stored by sample while training goes on; later the batches hold
     a ``Boundary`` in place of each model input, which the model takes like the input. Labels, and whatever else a batch
     holds, are stored too: then the data set is read only for a few probed samples each epoch. Other attributes are the
-    wrapped loader's.
+    wrapped loader's, to read and to set.
 
     directory: of the stores, one for each frozen part and data set; runs with the same share them.
     inputs: what of a batch the model receives: keys of a dict (default: those that are parameters of its forward), positions
@@ -89,7 +76,6 @@ class CachedLoader:
         _check_choice("placement", placement, ("auto", "device", "ram", "disk"))
         _check_model(model)
         check_loader(loader)
-        self.loader = loader
         self.model = model
         self.notes: list[str] = []  # what was decided and why, as it was printed
         self.traffic: list[Traffic] = []  # of each epoch
@@ -100,7 +86,7 @@ class CachedLoader:
             loader, parameters, inputs=inputs, fingerprint=fingerprint, views=self._views, augmented=augmented
         )
         self._form = self._data.form
-        self._examples: dict[int, list[Example]] = {}
+        self._examples: list[Example] = []  # of as many samples as the largest batch
         length = self._data.length * self._views.count
         shelf = Shelf(directory, self._data.identity, length)
         worth = Worth(
@@ -117,8 +103,11 @@ class CachedLoader:
         )
         self._watch = Watch(self._form.names)
         self._watched = 0
+        self._running = 0  # iterators
+        self._reread = False  # whether the data set was looked at in this round
         self._batches = Batches(loader, self._missing)
         model._forward.attach(self)
+        self.loader = loader  # last, for from now on what it has is set there
 
     @staticmethod
     def tell(text: str) -> None:
@@ -133,6 +122,19 @@ class CachedLoader:
             raise AttributeError(name)
         return getattr(self.loader, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = "loader" not in vars(self) or name in vars(self) or hasattr(type(self), name)
+        if own or not hasattr(self.loader, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.loader, name, value)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a CachedLoader can't be pickled or copied, for its model hands it what it computes: pickle the DataLoader that "
+            "it wraps, its .loader, and make another CachedLoader of that and of the model there"
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """The epoch that is iterated next: it decides which view of a sample is shown. Counted if it is never set."""
         self.epoch = epoch - 1
@@ -144,26 +146,51 @@ class CachedLoader:
         complete = self._library.serving is not None
         # Made here and not when the first batch is asked for, for it draws from the loader's generator.
         batches = self._batches.epoch(workers=not complete)
-        return self._given_out(batches, ahead=complete and draws_at_once(self.loader))
+        lookup = Lookup(self._library, self._keys, len(self.traffic), self.traffic[-1])
+        ahead = len(self) if complete and draws_at_once(self.loader) else 0
+        return self._given_out(lookup.each(self._arriving(batches), ahead=ahead))
 
-    def _given_out(self, batches: Iterator[Fetched], *, ahead: bool) -> Iterator[Any]:
+    def _arriving(self, batches: Iterator[Fetched]) -> Iterator[Fetched]:
+        """Before the first one that may be stored, the data set is looked at."""
+        for fetched in batches:
+            if self.model.depth and not self._reread:
+                self._look_at_data(reread=True)
+            yield fetched
+
+    def _given_out(self, batches: Iterator[Looked]) -> Iterator[Any]:
+        yielded, replaced = None, True  # whether all batches were replaced on their way to the model
+        self._running += 1
         try:
-            yield from map(self._given, self._looked_up(batches, ahead=ahead))
-            self._watch.settle()
+            for looked in batches:
+                batch, yielded = self._given(looked)
+                yield batch
+                replaced &= yielded is not None and self._watch.settle(yielded)
+                self._watched += yielded is not None
+            if yielded is not None and replaced:
+                self._watch.refuse(yielded)
         finally:
+            self._running -= 1
+            self._watch.blind = False
             self._library.commit()
 
     # ---- a round
 
     def _begin(self) -> None:
-        self._watch.settle()
-        self._watch.forget()
-        if self._data.changed(reread=self.model.depth > 0):
+        if not self._running:
+            self._watch.forget()
+        self._look_at_data(reread=self.model.depth > 0)
+        self._library.begin()
+
+    def _look_at_data(self, *, reread: bool) -> None:
+        """Give up what is stored if the data set is another than it was."""
+        self._reread = reread
+        if self._data.changed(reread=reread):
             self._say("the data set is another than it was: what is stored is not used any more")
             self._library.forget()
             self._library.shelf.data = self._data.identity
             self._library.shelf.length = self._data.length * self._views.count
-        self._library.begin()
+            self._examples.clear()
+            self._watch.forget()
 
     def _say(self, text: str) -> None:
         if text not in self.notes:
@@ -182,48 +209,8 @@ class CachedLoader:
             return list(range(len(indices)))
         return (~self._library.held(self._keys(indices))).nonzero().flatten().tolist()
 
-    def _looked_up(self, batches: Iterator[Fetched], *, ahead: bool) -> Iterator[Looked]:
-        """What is stored of each batch; the next one's is read while this one is used, if nothing else is to be read."""
-        if not ahead:
-            yield from map(self._look_up, batches)
-            return
-        with ThreadPoolExecutor(1, "fxfreeze-cache") as reader:
-            coming: deque[Future[Looked]] = deque()
-            for asked in range(len(self)):  # no more than there are: what a sampler does at its end, it does when asked
-                coming.append(reader.submit(self._look_up, next(batches)))
-                if asked:
-                    yield coming.popleft().result()
-            yield from (looked.result() for looked in coming)
-            yield from map(self._look_up, batches)
-
-    def _look_up(self, fetched: Fetched) -> Looked:
-        keys = self._keys(fetched.indices)
-        looked = Looked(fetched, keys, [], torch.zeros(0, dtype=torch.int64), [])
-        absent = torch.arange(len(keys))
-        for source in self._library.sources if self.model.depth else []:
-            held = source.holds(keys[absent])
-            if bool(held.any()):
-                places = absent[held]
-                try:
-                    looked.pieces.append((source, places, self._read(source, keys[places])))
-                except CacheError as error:
-                    looked.lost.append((source, error))
-                    continue
-                absent = absent[~held]
-        return looked._replace(absent=absent)
-
-    def _read(self, source: Source, keys: Tensor) -> Rows:
-        began, traffic = time.perf_counter(), self.traffic[-1]
-        rows = source.read(keys, pinned=self._library.pinned)
-        traffic.seconds += time.perf_counter() - began
-        traffic.bytes += source.width * len(keys)
-        traffic.count(source.tier, len(keys))
-        source.epochs.add(len(self.traffic))
-        traffic.cold |= len(source.epochs) == 1
-        return rows
-
-    def _given(self, looked: Looked) -> Any:
-        """The batch to give out."""
+    def _given(self, looked: Looked) -> tuple[Any, Yielded | None]:
+        """The batch to give out; and what is to come to the model of one that is as it was, if that is watched."""
         for source, error in looked.lost:
             self._library.lose(source, error)
         self._library.asked(looked.keys)
@@ -234,19 +221,27 @@ class CachedLoader:
             batch = self._batches.read([fetched.indices[place] for place in places.tolist()])
         if not looked.pieces:
             return self._yielded(keys, batch)
-        return self._served(looked, keys, places, batch)
+        return self._served(looked, keys, places, batch), None
 
-    def _yielded(self, keys: Tensor, batch: Any) -> Any:
-        """A batch as it is, whose way to the model is watched."""
+    def _yielded(self, keys: Tensor, batch: Any) -> tuple[Any, Yielded | None]:
+        """A batch as it is."""
         if self._views.flip:
             batch = self._form.build(self._views.shown(self._form.inputs(batch), keys), self._form.rest(batch))
-        if self._library.listening or self._watched < _CHECKED:
-            self._watched += 1
-            self._watch.expect(Yielded(keys, self._form.checksums(batch), own(self._form.rest(batch))))
-        return batch
+        listening = self._library.listening
+        if listening and self.model._forward.compiled:
+            self._say(
+                "nothing is stored by a model under torch.compile, which nobody can look into; what the model itself stores "
+                "in an epoch will be used"
+            )
+        if not listening and self._watched >= _CHECKED:
+            self._watch.blind = True
+            return batch, None
+        yielded = Yielded(keys, self._form.checksums(batch), own(self._form.rest(batch)))
+        self._watch.expect(yielded)
+        return batch, yielded
 
     def _served(self, looked: Looked, keys: Tensor, places: Tensor, batch: Any) -> Any:
-        self._watch.forget()
+        self._watch.blind = False
         columns = [(where, {**rows.rest, "": rows.sums}) for _, where, rows in looked.pieces]
         fetched = None
         if len(places):
@@ -262,16 +257,18 @@ class CachedLoader:
         return self._form.build(boundaries, whole)
 
     def _examples_of(self, size: int) -> list[Example]:
-        if size not in self._examples:
-            self._examples[size] = [Example(tensor) for tensor in self._data.examples(size)]
-        return self._examples[size]
+        if not self._examples or size > len(self._examples[0].tensor):
+            self._examples = [Example(tensor) for tensor in self._data.examples(size)]
+        return [example.first(size) for example in self._examples]
 
     # ---- what the model asks
 
     def received(self, tensors: Sequence[Tensor], chain: Chain | None) -> Fill | None:
         """A call of the model: the rows of which batch it will compute."""
-        found = self._watch.match(tensors, training=self.model._forward.training)
-        if found is None or chain is None:
+        forward = self.model._forward
+        beside = [tap._watch for tap in forward.taps if isinstance(tap, CachedLoader) and tap is not self]
+        found = self._watch.match(tensors, training=forward.training, beside=beside)
+        if found is None or chain is None or not self._reread:
             return None
         batch, slots = found
         return self._library.fill_for(Called(chain, tensors, slots), batch)

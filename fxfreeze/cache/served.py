@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
+from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.shelf import Rows, Source
 from fxfreeze.rows import like
 from fxfreeze.stored import Fill, Part
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fxfreeze.chain import Chain
+    from fxfreeze.model import FreezableModel
 
 __all__ = ["Called", "Provider", "Served", "Yielded", "joined", "own", "sums_of"]
 
@@ -31,6 +35,8 @@ class Called(NamedTuple):
 class Provider(Protocol):
     """The loader, as its batches see it."""
 
+    model: FreezableModel
+
     def valid(self, source: Source, call: Called) -> bool: ...
 
     def fill_for(self, call: Called, batch: Yielded | Served) -> Fill | None: ...
@@ -41,12 +47,13 @@ class Provider(Protocol):
 @dataclass
 class Yielded:
     """A batch as the wrapped loader yields it. keys: (n,) int64 of its rows; sums: per input leaf, of each row's bytes;
-    seen: whether the model has received it."""
+    seen: whether the model has received it; instead: dtypes and shapes of what it was trained on meanwhile, if not."""
 
     keys: Tensor
     sums: list[list[int]]
     rest: Mapping[str, Any]
     seen: bool = False
+    instead: str | None = None
 
     @property
     def input_sums(self) -> Tensor:
@@ -69,6 +76,7 @@ class Served:
     size: int = field(init=False)
     depth: int = field(init=False)
     least: int = field(init=False)
+    _given: set[int] = field(default_factory=set)  # pieces whose very rows a call of the model has
 
     def __post_init__(self) -> None:
         self.size = len(self.keys)
@@ -78,14 +86,15 @@ class Served:
     def parts(self, chain: Chain, tensors: Sequence[Tensor], slots: Sequence[int]) -> list[Part]:
         call = Called(chain, tensors, slots)
         parts, lost = [], []
-        for source, places, rows in self.pieces:
-            if self.provider.valid(source, call):
-                moved = [row.to(tensors[0].device, non_blocking=True) for row in rows.boundary]
-                parts.append(Part(source.depth, None if len(places) == self.size else places, moved))
-            else:
+        for number, (source, places, _) in enumerate(self.pieces):
+            rows = self._rows(number, tensors[0].device) if self.provider.valid(source, call) else None
+            if rows is None:
                 lost.append(places)
+            else:
+                parts.append(Part(source.depth, None if len(places) == self.size else places, rows))
         if self.fetched is not None:
-            parts.append(self._inputs_part(*self.fetched, call))
+            places, inputs = self.fetched
+            parts.append(self._inputs_part(places, [value.clone() for value in inputs], call))
         if lost:
             places = torch.cat(lost).sort().values
             parts.append(self._inputs_part(places, self.provider.inputs_of(self.keys[places]), call))
@@ -96,6 +105,22 @@ class Served:
 
     def inputs(self) -> list[Tensor]:
         return self.provider.inputs_of(self.keys)
+
+    def is_for(self, net: nn.Module) -> bool:
+        return self.provider.model.original is net
+
+    def _rows(self, number: int, device: torch.device) -> list[Tensor] | None:
+        """A piece's rows for one call, which may hand them to the user: no other call has their memory. None if lost."""
+        source, places, rows = self.pieces[number]
+        if number in self._given:  # and perhaps written into since
+            try:
+                rows = source.read(self.keys[places])
+            except CacheError:
+                return None
+        moved = [row.to(device, non_blocking=True) for row in rows.boundary]
+        if any(a is b for a, b in zip(moved, rows.boundary, strict=True)):
+            self._given.add(number)
+        return moved
 
     def _inputs_part(self, places: Tensor, inputs: list[Tensor], call: Called) -> Part:
         """places: ascending."""
