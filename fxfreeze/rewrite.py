@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxfreeze.effects import Memory
+from fxfreeze.effects import Memory, name_of
 from fxfreeze.operators import Op
 
 __all__ = [
@@ -199,19 +199,29 @@ def forget_unread(module: GraphModule, *nodes: Node) -> None:
         del module._buffers[name]
 
 
+# Views where the layout allows one, and copies elsewhere.
+_VIEWS = frozenset("view view_as reshape reshape_as flatten ravel unflatten contiguous Flatten Unflatten".split())
+
+
 def views_may_copy(module: GraphModule) -> bool:
     """Make each ``view`` a ``reshape``, for a view refuses what is laid out otherwise; False where the layout matters.
 
     That is where something writes through a view, where one reads the same bytes as another dtype, and where random
     numbers are drawn, in the order in which they lie in memory.
     """
-    views = [n for n in module.graph.nodes if n.op == "call_method" and n.target in ("view", "view_as")]
+    nodes = [n for n in module.graph.nodes if _called(n, module) in _VIEWS]
+    views = [n for n in nodes if n.op == "call_method" and n.target in ("view", "view_as")]
     if any(isinstance(argument, torch.dtype) for n in views for argument in n.args):
         return False
     memory = Memory(module.graph, module.get_submodule)
     written = {memory.class_of(w) for does in memory.effects.values() for w in does.writes}
-    if any(memory.class_of(n) in written for n in views) or any(does.random for does in memory.effects.values()):
+    if any(memory.class_of(n) in written for n in nodes) or any(does.random for does in memory.effects.values()):
         return False
     for n in views:
         n.target = {"view": "reshape", "view_as": "reshape_as"}[n.target]
     return True
+
+
+def _called(node: Node, module: GraphModule) -> str:
+    """The name of what a node calls: a function's, a method's, or a module's class."""
+    return type(module.get_submodule(str(node.target))).__name__ if node.op == "call_module" else name_of(node)

@@ -19,6 +19,8 @@ from parity import assert_segments_chain, compare, freezable, freeze_by_hand, lo
 from random_nets import networks
 from torch import Tensor, nn
 
+from fxfreeze.runtime import BOUNDS, relative_error
+
 # What PyTorch says of networks that write into what their own backward needs: the original can't train these.
 _OWN_FAULTS = (
     "modified by an inplace operation",
@@ -112,3 +114,62 @@ def test_many_random_networks() -> None:
     seen = run(300)
     assert seen["networks"] >= 300
     assert seen["compared"] > 8 * seen["networks"]
+
+
+def check_rewritten(source: str, net: nn.Module, backend: str, seen: Counter[str]) -> None:
+    """In float32, where layouts change and kernels lower: every depth computes the original's, with nothing rejected."""
+    net = settle(net).float().eval()
+    x = torch.randn(5, 3, 6, 6)
+    if ".to(D)" in source or not runs(net, x, backward=False):  # a cast to the float64 that it was drawn for
+        seen["could not run"] += 1
+        return
+    model = freezable(copy.deepcopy(net), backend=backend).eval()
+    for depth in range(1, len(model.units)):
+        model.freeze(depth)
+        with torch.no_grad():
+            ours, theirs = (pytree.tree_leaves(run(x.clone())) for run in (model, copy.deepcopy(net)))
+        assert all(relative_error(a, b) <= BOUNDS[torch.float32] for a, b in zip(ours, theirs, strict=True))
+        assert [(s.backend, s.reason) for s in model.prefix.segments] == [(backend, None)]
+        seen["compared"] += 1
+
+
+def run_rewritten(examples: int, backend: str) -> Counter[str]:
+    seen: Counter[str] = Counter()
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(networks())
+    def every_network(drawn: tuple[str, nn.Module]) -> None:
+        source, net = drawn
+        note(source)
+        with warnings.catch_warnings():
+            for known in (
+                "unit .* holds",
+                "the network is a single unit",
+                "frozen module .* runs as it is",
+                "backend 'triton'",
+            ):
+                warnings.filterwarnings("ignore", known)
+            check_rewritten(source, net, backend, seen)
+        seen["networks"] += 1
+
+    every_network()
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_some_rewritten_networks(backend: str) -> None:
+    seen = run_rewritten(60, backend)
+    assert seen["compared"] > seen["networks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_many_rewritten_networks(backend: str) -> None:
+    assert run_rewritten(400, backend)["networks"] >= 400

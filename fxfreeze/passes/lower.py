@@ -60,6 +60,8 @@ def lower(module: GraphModule) -> list[Outcome]:
 def _checked(found: Fused, writes: Writes) -> Fused | str:
     """Why a kernel at the place of the last node would read or compute something else."""
     first, last = found.chain[0], found.chain[-1]
+    if written := writes.into(first):
+        return f"it writes into {place(written[0])}, which others may read"
     if (writer := writes.between(found.arguments.values(), first, last)) is not None and writer not in found.chain:
         return f"{writer.name} writes into its input before {place(last)}"
     if first.meta["value"].dtype != last.meta["value"].dtype:

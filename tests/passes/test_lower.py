@@ -116,6 +116,34 @@ def test_a_write_between_keeps_what_it_was() -> None:
     assert "mul_ writes into its input before" in "; ".join(reasons(segment, "lower"))
 
 
+def test_an_activation_in_place_that_others_see() -> None:
+    """Its result is unused; whoever reads its input later sees it all the same."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = x - 0.5
+        F.relu(y, inplace=True)
+        return net.conv1(y)
+
+    segment = passed(TRITON, run, **layers())
+    assert "it writes into sub, which others may read" in reasons(segment, "lower")
+    assert calls(segment)["conv1x1"] == 1
+
+
+@pytest.mark.parametrize(
+    "view", [lambda y: y.flatten(1), lambda y: y.reshape(-1), lambda y: y.contiguous(), nn.Flatten()]
+)
+@pytest.mark.parametrize("backend", ["plain", "triton"])
+def test_a_write_through_what_may_copy(backend: str, view: Callable[[Tensor], Tensor]) -> None:
+    """Rows of a packed image are a view of it, and a copy of one that is channels_last: the write would be lost."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        y = net.conv3(x)
+        view(y).sub_(0.5)
+        return y + 0.0
+
+    passed(PASSES[backend], run, **layers())
+
+
 def test_where_the_layout_matters_nothing_is_lowered() -> None:
     segment = passed(TRITON, lambda net, x: net.conv1(x).view(torch.int32).float(), **layers())
     assert (
