@@ -1,6 +1,7 @@
 """``conv1x1``: a matrix product with scale, shift and activation before it, and bias, residual and activation after it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,27 +63,16 @@ def _conv1x1(
     stride: Sequence[int],
     out: Tensor,
 ) -> None:
-    _check(x, weight, bias, scale, shift, prologue, residual, activation, stride, out)
+    operands = x, weight, bias, scale, shift, prologue, residual, activation
+    _check(*operands, stride, out)
     weight = weight if weight.stride(1) == 1 else pack(weight)
-    windows = stride, _NONE, _ONE
-    run("conv1x1", reference.conv, out, x, weight, bias, scale, shift, prologue, residual, activation, *windows)
+    run("conv1x1", reference.conv, out, x, weight, *operands[2:], stride, _NONE, _ONE)
 
 
 @_conv1x1.register_fake
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    prologue: str,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    out: Tensor,
-) -> None:
+def _check(x: Tensor, weight: Tensor, *rest: Any) -> None:
     if weight.dim() == 4 and tuple(weight.shape[2:]) != _ONE:
         raise ValueError(f"conv1x1: weight has shape {tuple(weight.shape)}, expected (O, C, 1, 1); use conv3x3")
-    checks.convolution(
-        "conv1x1", x, weight, bias, scale, shift, prologue, residual, activation, stride, _NONE, _ONE, out
-    )
+    *others, out = rest
+    given: list[Any] = [x, weight, *others, _NONE, _ONE, out]
+    checks.convolution("conv1x1", *given)

@@ -1,6 +1,7 @@
 """``conv3x3``: a convolution of any small kernel, with what ``conv1x1`` has before and after it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,29 +66,15 @@ def _conv3x3(
 ) -> None:
     operands = x, weight, bias, scale, shift, prologue, residual, activation
     windows = stride, padding, dilation
-    checks.convolution("conv3x3", *operands, *windows, out)
+    _check(*operands, *windows, out)
     kernel = "rolling3x3" if _rolls(weight, *windows) else "conv3x3"
     weight = weight if weight.stride(1) == 1 else pack(weight)
     run(kernel, reference.conv, out, x, weight, *operands[2:], *windows)
 
 
 @_conv3x3.register_fake
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    prologue: str,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Tensor,
-) -> None:
-    operands = x, weight, bias, scale, shift, prologue, residual, activation
-    checks.convolution("conv3x3", *operands, stride, padding, dilation, out)
+def _check(*operands: Any) -> None:
+    checks.convolution("conv3x3", *operands)
 
 
 def _rolls(weight: Tensor, *windows: Sequence[int]) -> bool:
