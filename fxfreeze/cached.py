@@ -74,8 +74,7 @@ def rehearse(net: nn.Module, batches: Batches) -> None:
     stream = CachedBatches(batches, model)
     try:
         images, _ = next(stream)
-        with torch.no_grad():
-            model(images)
+        model(images)  # with gradients, as a training step: only those tell how a row is computed
     except CacheRefusal as error:
         raise ChoiceError(f"{CACHED} can't be: {error}; or name the other rows with --rows") from error
     finally:

@@ -56,9 +56,9 @@ class Found:
 def run_list(directory: Path) -> int:
     """Prints a table of the stores, and below it what is wrong with any; the exit status."""
     console = wide_console()
-    found = [_look(folder) for folder in find(directory)]
+    found = [_look(folder) for folder in _stores(directory)]
     if not found:
-        _say(console, _nothing(directory))
+        _say(console, f"{directory} has no stores.")
         return 0
     console.print(_table(found))
     for store in found:
@@ -71,9 +71,9 @@ def run_list(directory: Path) -> int:
 
 def run_verify(directory: Path, names: Sequence[str]) -> int:
     """Reads every byte of the stores (without names, of all) and says a line for each; the exit status."""
-    found = find(directory)
+    found = _stores(directory)
     if not found:
-        raise ChoiceError(f"{_nothing(directory)[:-1]}; there is nothing to verify")
+        raise ChoiceError(f"{directory} has no stores; there is nothing to verify")
     console, status = wide_console(), 0
     for folder in _choose(found, names, directory) if names else found:
         began = time.perf_counter()
@@ -91,14 +91,14 @@ def run_verify(directory: Path, names: Sequence[str]) -> int:
 
 def run_remove(directory: Path, names: Sequence[str], everything: bool) -> int:
     """Removes the named stores, or all, except those that are being written; the exit status."""
-    found = find(directory)
     if names and everything:
-        raise ChoiceError("names and --all were given; give one of the two")
+        raise ChoiceError(f"names ({', '.join(names)}) and --all were given; give one of the two")
+    found = _stores(directory)
     if not names and not everything:
         raise ChoiceError(f"name the stores of {directory} that shall go, or give --all; it has {_listing(found)}")
     console, aside = wide_console(), Console(stderr=True)
     if everything and not found:
-        _say(console, _nothing(directory))
+        _say(console, f"{directory} has no stores.")
         return 0
     freed, status = 0, 0
     for folder in found if everything else _choose(found, names, directory):
@@ -113,6 +113,14 @@ def run_remove(directory: Path, names: Sequence[str], everything: bool) -> int:
         freed += before - _bytes(folder)
     _say(console, f"Freed {bytes_text(freed)} ({freed:,} bytes).")
     return status
+
+
+def _stores(directory: Path) -> list[Path]:
+    """As `find`. ChoiceError where there is no such folder too."""
+    found = find(directory)
+    if not found and not directory.exists():
+        raise ChoiceError(f"there is no folder {directory}; name the directory that the CachedLoader was given")
+    return found
 
 
 def find(directory: Path) -> list[Path]:
@@ -156,7 +164,8 @@ def _choose(found: Sequence[Path], names: Sequence[str], directory: Path) -> lis
         matches = matches or [folder for folder in found if name and folder.name.startswith(name)]
         if len(matches) != 1:
             means = f"{len(matches)} stores" if matches else "no store"
-            raise ChoiceError(f"{name!r} means {means} of {directory}, which has {_listing(found)}")
+            no_folder = "" if matches or os.path.exists(name) else "; nor is there such a folder"
+            raise ChoiceError(f"{name!r} means {means} of {directory}, which has {_listing(found)}{no_folder}")
         chosen[matches[0]] = None
     return list(chosen)
 
@@ -249,10 +258,6 @@ def _cells(store: Found) -> list[str]:
             )
         )
     return [store.folder.name, *described, rows, bytes_text(store.size), dtypes, used, store.state]
-
-
-def _nothing(directory: Path) -> str:
-    return f"{directory} has no stores." if directory.exists() else f"There is no folder {directory}."
 
 
 def _listing(found: Sequence[Path]) -> str:

@@ -55,6 +55,7 @@ SOURCES = {
         classes=100,
     ),
 }
+COUNTS = (45_000, 5_000, 10_000)  # images in train, val and test
 VAL_SHARE = 0.1  # of the training images: 5,000
 TIMEOUT = 60.0  # seconds without a byte
 

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from fxfreeze import checkpoint, commands, data, kernel_commands, zoo
-from fxfreeze.imports import ChoiceError, optional
+from fxfreeze import cache_commands, checkpoint, commands, data, kernel_commands, zoo
+from fxfreeze.imports import ChoiceError
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
 from fxfreeze.task import prepare
@@ -52,14 +52,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 1 for a cache with something wrong, 2 for what can't be done, 130 after Ctrl-C."""
+    """Runs one command; the exit status: 0, 1 for a training that diverged or a cache with something wrong, 2 for what can't
+    be done, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     given = vars(_parser().parse_args(arguments))
     verb = " ".join(given.pop(word) for word in ("verb", "action") if word in given)
     sys.path.insert(0, "")  # --model mynet:build finds the user's own file, as python -m would
     try:
         if verb.startswith("cache "):
-            return _run_cache(verb, **given)
+            return cache_commands.run(verb, **given)
         if verb.startswith("kernels "):
             return kernel_commands.run(verb, **given)
         return _run(verb, given, shlex.join(["fxfreeze", *arguments]))
@@ -80,7 +81,12 @@ def _run(verb: str, given: dict[str, Any], command: str) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     task = prepare(
-        options.model, options.data, root=options.data_root, download=options.download, device=options.device
+        options.model,
+        options.data,
+        root=options.data_root,
+        download=options.download,
+        device=options.device,
+        shapes=verb == "plan",
     )
     out = options.out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
     if verb == "plan" and options.show_graph:
@@ -108,18 +114,6 @@ def _run(verb: str, given: dict[str, Any], command: str) -> int:
         command=command,
         progress=options.progress,
     )
-
-
-def _run_cache(verb: str, directory: Path, names: Sequence[str] = (), everything: bool = False) -> int:
-    for module in ("xxhash", "safetensors", "fxfreeze.cache"):
-        optional(module, "the cache needs it: pip install xxhash 'safetensors>=0.8'", ChoiceError)
-    from fxfreeze import caches  # not above: the other verbs need neither package
-
-    if verb == "cache ls":
-        return caches.run_list(directory)
-    if verb == "cache verify":
-        return caches.run_verify(directory, names)
-    return caches.run_remove(directory, names, everything)
 
 
 def _agree(given: dict[str, Any], about: dict[str, Any]) -> None:
@@ -158,7 +152,8 @@ def _parser() -> Parser:
         "--depth", type=int, metavar="N", help="units frozen for --show-graph (default: all but the last)"
     )
     plan.add_argument("--backend", choices=("plain", "triton"), help="what --show-graph lowers to (default: triton)")
-    _add_cache(_verb(verbs, "cache", "activations on disk: list them, check them, remove them"))
+    about = "activations on disk: list them, check them, remove them"
+    cache_commands.add_actions(_verb(verbs, "cache", about), _verb)
     about = "the fused kernels: their machine code, and which tiles are fastest here"
     kernel_commands.add_actions(_verb(verbs, "kernels", about), _verb)
     return parser
@@ -176,7 +171,9 @@ def _add_task(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("what is trained on what")
     group.add_argument("--model", metavar="NAME", help=_with_default("model", f"one of {', '.join(zoo.FORMS)}"))
     group.add_argument("--data", metavar="NAME", help=_with_default("data", f"one of {', '.join(data.FORMS)}"))
-    group.add_argument("--data-root", metavar="DIR", help="where the files of cifar10 and cifar100 are")
+    group.add_argument(
+        "--data-root", metavar="DIR", help="where the files of cifar10 and cifar100 are; plan needs none"
+    )
     group.add_argument("--download", action="store_true", help="fetch them if they are missing")
     group.add_argument("--device", metavar="NAME", help=_with_default("device", "cpu, cuda, cuda:1, ..."))
     group.add_argument("--threads", type=_whole(1), metavar="N", help="CPU threads (default: torch's)")
@@ -235,27 +232,6 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, as what it was begun as")
 
 
-def _add_cache(verb: argparse.ArgumentParser) -> None:
-    actions = verb.add_subparsers(dest="action", required=True, metavar="ls|verify|rm", parser_class=Parser)
-    ls = _verb(actions, "ls", "what a cache directory holds")
-    verify = _verb(actions, "verify", "read every byte of the stores; status 1 if anything is wrong")
-    rm = _verb(actions, "rm", "remove stores, but no other files; status 1 if one is being written, and stays")
-    for action in (ls, verify, rm):
-        action.add_argument(
-            "directory",
-            nargs="?",
-            type=_folder,
-            default=Path("cache"),
-            metavar="DIR",
-            help="a cache directory, or one store's folder (default: cache)",
-        )
-    for action in (verify, rm):
-        action.add_argument(
-            "names", nargs="*", metavar="NAME", help="a store, by its name or a beginning that no other has"
-        )
-    rm.add_argument("--all", dest="everything", action="store_true", help="every store of DIR")
-
-
 def _with_default(name: str, about: str) -> str:
     return f"{about} (default: {DEFAULTS[name]})".strip()
 
@@ -290,9 +266,3 @@ def _file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} can't be a file: name one in a folder that exists")
     return path
-
-
-def _folder(text: str) -> Path:
-    if not text:  # an unset variable of the shell, which Path would take for the current folder
-        raise argparse.ArgumentTypeError(f"{text!r} names no folder")
-    return Path(text)

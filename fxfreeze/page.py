@@ -89,10 +89,10 @@ def figures(report: Report) -> Iterator[Shown]:
     if len(bars) > 2:
         yield Shown(
             "Saving per step, predicted and measured",
-            "Of a plain step's cost, averaged over the training. The prediction counts FLOPs, a backward pass as two "
-            "forward passes. Time also counts what FLOPs leave out: a frozen batch norm takes no statistics, nothing is "
-            "kept for a backward, and fxfreeze folds the norms away and runs frozen convolutions channels_last. The cache "
-            "spares the frozen forward too.",
+            "Of a plain step's cost, averaged over the training: without a cache, then with one. The prediction counts "
+            "FLOPs, a backward pass as two forward passes. Time also counts what FLOPs leave out: a frozen batch "
+            "norm takes no statistics, nothing is kept for a backward, and fxfreeze folds the norms away and runs frozen "
+            "convolutions channels_last. The cache spares the frozen forward too.",
             pictures.savings(bars),
         )
 
@@ -155,7 +155,13 @@ h2 { font-size: 18px; margin: 0 0 4px; font-weight: 640; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 22px 24px; margin: 0 0 20px; }
 section > p { color: var(--soft); margin: 0 0 14px; font-size: 15px; text-wrap: pretty; }
 img { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
+/* Shadows where there is more to the side: covers move with the table, shadows stay. */
+.scroll { overflow-x: auto; scrollbar-width: thin; scrollbar-color: #b0b0a8 var(--line); background:
+  linear-gradient(to right, #fff 30%, #fff0) left / 48px 100% no-repeat local,
+  linear-gradient(to left, #fff 30%, #fff0) right / 48px 100% no-repeat local,
+  linear-gradient(to right, #0003, #0000) left / 14px 100% no-repeat scroll,
+  linear-gradient(to left, #0003, #0000) right / 14px 100% no-repeat scroll; }
+.hint { display: none; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 8px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 500; font-size: 13.5px; }
@@ -174,13 +180,24 @@ ul li { color: var(--soft); font-size: 14px; }
 li { margin: 3px 0; }
 pre { background: #f6f6f2; border-radius: 8px; padding: 12px 14px; overflow-x: auto; margin: 18px 0 0; }
 pre { font-size: 13.5px; }
-@media (max-width: 720px) { dl.facts { grid-template-columns: max-content 1fr; } main { padding: 24px 14px; } }
+@media (max-width: 900px) {
+  thead th { white-space: normal; vertical-align: bottom; }
+  th, td { padding: 8px 7px; }
+}
+@media (max-width: 720px) {
+  dl, dl.facts { grid-template-columns: max-content 1fr; }
+  main { padding: 24px 14px; }
+  section { padding: 18px 14px; }
+  section > p.hint { display: block; margin: 0 0 8px; font-size: 13.5px; }
+}
 </style>
 </head>
 <body>
 <main>
 <header><p class="lead">fxfreeze compare · $lead</p><h1>$verdict</h1><p>$caution</p></header>
-<section><div class="scroll"><table><thead><tr>$head</tr></thead><tbody>$body</tbody></table></div>
+<section><p class="hint">A table wider than this window scrolls sideways.</p>
+<div class="scroll" tabindex="0" role="region" aria-label="The rows' figures">
+<table><thead><tr>$head</tr></thead><tbody>$body</tbody></table></div>
 <ul>$notes</ul></section>
 <section><h2>The rows</h2><dl>$legend</dl></section>
 $figures

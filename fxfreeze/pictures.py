@@ -126,10 +126,10 @@ def origins(epochs: Sequence[dict[str, Any]]) -> Figure:
             axes.bar(range(1, len(epochs) + 1), counts, bottom=below, color=colour, label=label, width=width)
             below = [a + b for a, b in zip(below, counts, strict=True)]
     fastest = max((epoch["bandwidth"] or 0 for epoch in epochs), default=0)
-    unit, name = (1e9, "GB/s") if fastest >= 1e9 else (1e6, "MB/s")
+    unit, name = next((each for each in ((1e9, "GB/s"), (1e6, "MB/s")) if fastest >= each[0]), (1e3, "kB/s"))
     for number, epoch in list(enumerate(epochs, 1))[:: math.ceil(len(epochs) / MOST_FIGURES)]:
         if epoch["bandwidth"]:
-            text = f"{epoch['bandwidth'] / unit:.1f}{'*' if epoch['cold'] else ''}"
+            text = f"{_short(epoch['bandwidth'] / unit)}{'*' if epoch['cold'] else ''}"
             axes.annotate(text, (number, below[number - 1]), ha="center", va="bottom", color=INK, fontsize=8)
     axes.set_title(f"Samples by origin{f'; {name} of reading' if fastest else ''}", loc="left")
     axes.set_xlabel("epoch")
@@ -138,6 +138,11 @@ def origins(epochs: Sequence[dict[str, Any]]) -> Figure:
     axes.set_ylim(top=1.12 * max(below))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, ncols=len(ORIGINS))
     return figure
+
+
+def _short(value: float) -> str:
+    """With as many places as a small value needs to be told from none."""
+    return f"{value:.1f}" if value >= 0.95 else f"{value:.2g}" if value >= 0.01 else "<0.01"
 
 
 def savings(figures: Sequence[tuple[str, float, str]]) -> Figure:

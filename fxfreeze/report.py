@@ -37,10 +37,10 @@ COLUMNS = (
 )
 NONE = "-"
 ORIGINS = {
-    "forward": "computed from the data set",
-    "disk": "read from disk",
-    "ram": "read from RAM",
-    "device": "read from the device's memory",
+    "forward": "from the data set",
+    "disk": "from stores on disk",
+    "ram": "from stores in RAM",
+    "device": "from stores in the device's memory",
 }
 OURS = tuple(SHORTS.values())
 
@@ -112,9 +112,10 @@ def notes(report: Report) -> list[str]:
     lines += _notes_on_cache(report.shown[0])
     for trial in report.trials:
         lines += [
-            f"{row.name} diverged (seed {trial.seed}): its loss is not a finite number; try a lower --lr."
+            f"{row.name} diverged (seed {trial.seed}): its loss is not a finite number since step {row.record.diverged}; try a "
+            "lower --lr."
             for row in trial.rows.values()
-            if not all(map(math.isfinite, row.record.losses))
+            if row.record.diverged
         ]
         if not trial.finished:
             steps = ", ".join(f"{row.name} {row.steps}/{row.planned}" for row in trial.rows.values())
@@ -143,22 +144,26 @@ def as_json(report: Report) -> str:
 
 
 def savings(report: Report) -> Iterator[tuple[str, float, str]]:
-    yield "predicted, no cache", report.prediction.uncached, "#b8b8b0"
+    """(label, share of a plain step, colour): without a cache, then with one; predicted, counted, measured of each."""
     summaries = {summary.name: summary for summary in summarise(report.trials)}
-    base = summaries.get("plain")
-    if base is not None:
-        for name, label, colour in (
-            ("fxfreeze", "FLOPs counted", "#8c8c84"),
-            (CACHED, "FLOPs counted, with a cache", "#a4a49c"),
-        ):
-            row = summaries.get(name)
-            if row is not None and row.relative_flops is not None:
-                yield label, 1 - row.relative_flops.mean * base.steps.mean / row.steps.mean, colour
-        for name in ("by-hand", "freezeout", *OURS):
-            if name in summaries and not (name == "freezeout" and "by-hand" in summaries):
-                saved = 1 - summaries[name].step_seconds.mean / base.step_seconds.mean
-                yield f"time measured, {name}", saved, COLOURS[name]
-    yield "predicted, with a cache", report.prediction.cached, "#dcdcd6"
+    theirs = "by-hand" if "by-hand" in summaries else "freezeout"
+    for row, predicted, rows in (
+        ("fxfreeze", report.prediction.uncached, (theirs, "fxfreeze")),
+        (CACHED, report.prediction.cached, (CACHED,)),
+    ):
+        kind = "with a cache" if row == CACHED else "no cache"
+        yield f"FLOPs predicted, {kind}", predicted, "#c8c8c0"
+        base, counted = summaries.get("plain"), summaries.get(row)
+        if base is not None and counted is not None and counted.relative_flops is not None:
+            share = counted.relative_flops.mean * base.steps.mean / counted.steps.mean
+            yield f"FLOPs counted, {kind}", 1 - share, "#8c8c84"
+        for name in rows:
+            if base is not None and name in summaries:
+                yield (
+                    f"time measured, {name}",
+                    1 - summaries[name].step_seconds.mean / base.step_seconds.mean,
+                    COLOURS[name],
+                )
 
 
 def cells(summary: Summary) -> list[str]:
@@ -226,14 +231,14 @@ def _notes_on_cache(trial: Trial) -> Iterator[str]:
             shares = [
                 f"{samples[origin] / total:.0%} {words}" for origin, words in ORIGINS.items() if origin in samples
             ]
-            shares[0] = shares[0].replace("% ", "% were ")
+            shares[0] = shares[0].replace("% ", "% of its samples came ")
             rates = [
                 f"{bytes_text(rate)}/s {words}"
                 for cold, words in ((True, "the first time"), (False, "later"))
                 if (rate := _rate(row.cache, cold))
             ]
             read = f" Stores were read at {' and '.join(rates)}." if rates else ""
-            yield f"{row.name} (seed {trial.seed}): of all samples {', '.join(shares)}.{read}"
+            yield f"{row.name} (seed {trial.seed}): {', '.join(shares)}.{read}"
 
 
 def _rate(cache: CacheRecord, cold: bool) -> float | None:

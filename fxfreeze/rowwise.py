@@ -217,4 +217,5 @@ def _culprit_in_copies(name: str, batch: _Run, copies: _Run, sample: int) -> str
 
 def _mixes(node: Node) -> str:
     what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-    return f"{place(node)} ({str(what).removeprefix('root.')}) mixes the samples of a batch"
+    where, operator = place(node), str(what).removeprefix("root.")
+    return f"{where if where == operator else f'{where} ({operator})'} mixes the samples of a batch"

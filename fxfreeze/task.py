@@ -45,10 +45,10 @@ class Task:
         return replace(self, train=train, val=val, test=test, num_classes=len(classes))
 
 
-def prepare(model: str, data_name: str, *, root: str | None, download: bool, device: str) -> Task:
-    """The task of these names. Raises ChoiceError for what can't be had."""
+def prepare(model: str, data_name: str, *, root: str | None, download: bool, device: str, shapes: bool = False) -> Task:
+    """The task of these names; shapes: no more than those of the data count. Raises ChoiceError for what can't be had."""
     where = find_device(device)
-    loaded = data.load(data_name, root=root, download=download)
+    loaded = (data.shaped if shapes else data.load)(data_name, root=root, download=download)
     train, val, test = (
         Split(*(tensor.to(where) for tensor in split.tensors)) for split in (loaded.train, loaded.val, loaded.test)
     )

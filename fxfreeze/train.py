@@ -62,6 +62,12 @@ class Record:
     step_seconds: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
 
+    @property
+    def diverged(self) -> int | None:
+        """The number, from 1, of the first loss of all those at the end that are not finite; None if the last one is."""
+        finite = max((number for number, loss in enumerate(self.losses, 1) if math.isfinite(loss)), default=0)
+        return finite + 1 if finite < len(self.losses) else None
+
 
 class Run:
     """Trains `net` in place by `recipe` on `batches`."""

@@ -165,7 +165,7 @@ def test_rows_and_what_all_samples_share() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda net, x: net.norm(x), r"norm .* mixes the samples"),
+        (lambda net, x: net.norm(x), "^norm mixes the samples"),
         (lambda net, x: net.linear(x) + 1e-4 * net.linear(x).mean(0), "mixes the samples"),
         (lambda net, x: x.roll(1, 0), "roll.* mixes the samples"),
         (lambda net, x: x.sort(0).values, "mixes the samples"),

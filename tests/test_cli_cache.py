@@ -207,13 +207,43 @@ def test_damage_is_listed_verified_and_removed(
     assert sorted(path.name for path in CACHE.iterdir()) == ["sound"]
 
 
-@pytest.mark.parametrize("absent", [True, False])
-def test_ls_of_nothing_is_one_line(absent: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    if not absent:
-        CACHE.mkdir()
+def test_ls_of_nothing_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    CACHE.mkdir()
     assert run("ls") == 0
-    assert capsys.readouterr().out == ("There is no folder cache.\n" if absent else "cache has no stores.\n")
-    assert CACHE.exists() is not absent
+    assert capsys.readouterr().out == "cache has no stores.\n"
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["verify"], ["rm", "--all"], ["rm", "one"], ["verify", "one", "two"]])
+def test_a_missing_folder_is_named_as_missing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The first word is the folder where there is no ./cache."""
+    missing = "one" if "one" in arguments else "cache"
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"error: there is no folder {missing}; name the directory that the CachedLoader was given\n" in err
+    assert not Path(missing).exists()
+
+
+def test_names_alone_are_those_of_the_default_directory(capsys: pytest.CaptureFixture[str]) -> None:
+    fill("003-22c93eebd01d7533")
+    fill("005-aa")
+    fill("005-bb")
+    assert run("verify", "003-2", "005-a") == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "003-22c93eebd01d7533",
+        "005-aa",
+    ]
+    assert run("rm", "003-2", "005-b") == 0
+    assert [path.name for path in CACHE.iterdir()] == ["005-aa"]
+
+
+def test_a_first_word_that_is_a_folder_is_the_directory() -> None:
+    """Though there is a ./cache, even one with a store of that name."""
+    fill("one")
+    fill("one", folder=Path("one"))
+    assert run("rm", "one", "one") == 0
+    assert [path.name for path in CACHE.iterdir()] == ["one"]
+    assert not list(Path("one").iterdir())
 
 
 def test_names_and_manifests_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,17 +402,24 @@ def test_a_removal_that_a_kill_broke_off_is_seen_and_ended(capsys: pytest.Captur
         (["ls", ""], "'' names no folder"),
         (["ls", "file"], "error: file can't be read: Not a directory"),
         (["ls", "x" * 300], "can't be read: File name too long"),
-        (["verify", "absent"], "There is no folder absent; there is nothing to verify"),
+        (["ls", "absent"], "there is no folder absent; name the directory"),
+        (
+            ["verify", "absent"],
+            "'absent' means no store of cache, which has one, two, two-more; nor is there such a folder",
+        ),
+        (["verify", "./absent"], "there is no folder absent; name the directory"),
         (["verify", "empty"], "empty has no stores; there is nothing to verify"),
         (["verify", "cache", "three"], "'three' means no store of cache, which has one, two, two-more"),
         (["rm"], "name the stores of cache that shall go, or give --all; it has one, two, two-more"),
-        (["rm", "absent"], "it has none"),
-        (["rm", "cache", "one", "--all"], "names and --all were given"),
+        (["rm", "empty"], "it has none"),
+        (["rm", "absent", "--all"], "names (absent) and --all were given"),
+        (["rm", "cache", "one", "--all"], "names (one) and --all were given"),
         (["rm", "cache", "one", "three"], "'three' means no store of cache, which has one, two, two-more"),
         (["rm", "cache", "one", "tw"], "'tw' means 2 stores of cache, which has one, two, two-more"),
         (["rm", "cache/one", ""], "'' means no store of cache/one, which has one"),
         (["rm", "cache", "../cache/one"], "'../cache/one' means no store"),
-        (["rm", "absent", "one"], "'one' means no store of absent, which has none"),
+        (["rm", "absent", "one"], "'absent' means no store of cache"),
+        (["rm", "./absent", "one"], "there is no folder absent; name the directory"),
         (["rm", "--al"], "unrecognized arguments: --al"),
     ],
 )

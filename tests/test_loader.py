@@ -326,7 +326,8 @@ def test_other_values_between_loader_and_model_are_refused(tmp_path: Path) -> No
         each = training(tmp_path, freezes=(units,))
         each.inputs = lambda batch: batch[0] * 0.5 + batch[0].flip(0) * 0.5
         with pytest.raises(
-            CacheRefusal, match=r"the model was given other values .* than the 0 that the loader yielded"
+            CacheRefusal,
+            match=r"the model was given other values .* than input 0 of the batch that the loader yielded.* mix samples in",
         ):
             each.epoch()
         assert len(each.losses) == len(each.loader)
@@ -381,7 +382,7 @@ class BatchStatistics(nn.Module):
 def test_a_prefix_that_mixes_samples_is_refused_by_name(tmp_path: Path) -> None:
     torch.manual_seed(0)
     each = training(tmp_path, net=BatchStatistics(), freezes=((0.0, 2),))
-    with pytest.raises(CacheRefusal, match=r"the frozen part can't be cached: norm .* mixes the samples of a batch"):
+    with pytest.raises(CacheRefusal, match=r"the frozen part can't be cached: norm mixes the samples of a batch"):
         each.epoch()
     shallow = training(tmp_path, net=BatchStatistics(), freezes=((0.0, 1),))
     for _ in range(2):
@@ -398,16 +399,40 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         ({"views": 0}, "views is 0"),
         ({"views": "rotate"}, "views is 'rotate'"),
         ({"inputs": 7}, "the batch has no 7"),
+        ({"max_bytes": "1GB"}, r"max_bytes is '1GB': expected None or a number of bytes from 0, such as 2 \* 10\*\*9"),
+        ({"max_bytes": -1}, "max_bytes is -1"),
+        ({"max_bytes": True}, "max_bytes is True"),
+        ({"max_bytes": 0.5}, "max_bytes is 0.5"),
+        (
+            {"store_dtype": "half"},
+            "store_dtype is 'half': expected None, 'fp32', 'fp16', 'bf16', or a floating point dtype",
+        ),
+        ({"store_dtype": torch.int8}, "store_dtype is torch.int8"),
     ):
         with pytest.raises(ValueError, match=message):
             fxfreeze.CachedLoader(each.loader, each.model, tmp_path, **options)
     with pytest.raises(TypeError, match="CachedLoader needs a FreezableModel, and got a ResNet"):
         fxfreeze.CachedLoader(each.loader, each.net, tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for directory, message in (
+        (tmp_path / "file", "can't hold a cache .*file is not a folder.*: name a folder that can be written"),
+        (tmp_path / "file" / "below", "can't hold a cache .* is not a folder"),
+        (tmp_path / ("x" * 300), "can't hold a cache .*too long"),
+        ("/proc/cache", "directory '/proc/cache' can't hold a cache"),
+        ("", "directory is '', which names no folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fxfreeze.CachedLoader(each.loader, each.model, directory)
+    with pytest.raises(TypeError, match="directory is None: expected the path of a folder"):
+        fxfreeze.CachedLoader(each.loader, each.model, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    fxfreeze.CachedLoader(each.loader, each.model, tmp_path / "new" / "cache", max_bytes=2e9, store_dtype="bf16")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # the folder is made when it is needed
 
 
 def test_an_input_that_the_model_does_not_get_is_named(tmp_path: Path) -> None:
     each = frozen(tmp_path, cache={"inputs": (0, 1)})
-    with pytest.raises(CacheRefusal, match="the model did not receive 1, which counts as its input: name by inputs="):
+    with pytest.raises(CacheRefusal, match="the model did not receive input 1 of the batch: name by inputs="):
         each.epoch()
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from loader_runs import COUNT, PROBES, Samples, Training, difference, folders, s
 from store_samples import rewrite
 
 from fxfreeze.cache import Store, StoreWriter, files
+from fxfreeze.cache.lookup import Lookup
+from fxfreeze.cache.validity import Validity
 
 HERE = Path(__file__).parent
 STEPS = -(-COUNT // 8)  # an epoch
@@ -90,6 +93,24 @@ def test_points_that_a_training_passes(tmp_path: Path, monkeypatch: pytest.Monke
     training = Training(tmp_path, milestones={"stem": 0, "mid": 2 * STEPS}).epochs(4)
     assert len(set(names)) >= 30, sorted(set(names))
     assert training.given == [0] * STEPS + [1] * 2 * STEPS + [2] * STEPS
+
+
+def test_reading_ahead_while_a_freeze_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch after it comes from the store too, however long that takes."""
+    find, look_up = Validity._find, Lookup._look_up
+
+    def slowly(validity: Validity, *call: Any) -> Any:
+        time.sleep(0.3)
+        return find(validity, *call)
+
+    def late(lookup: Lookup, fetched: Any) -> Any:
+        time.sleep(0.1)
+        return look_up(lookup, fetched)
+
+    monkeypatch.setattr(Validity, "_find", slowly)
+    monkeypatch.setattr(Lookup, "_look_up", late)
+    training = Training(tmp_path, milestones={"stem": 0, "mid": 2 * STEPS}).epochs(3)
+    assert training.given == [0] * STEPS + [1] * 2 * STEPS
 
 
 # ---------------------------------------------------------------------------------------------------- a disk that lies
@@ -330,7 +351,7 @@ def test_no_space_at_a_point(tmp_path: Path, name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_a_read_only_folder(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated, for root may write anywhere: what is there is read, and what is not there isn't stored."""
+    """Simulated, for root may write anywhere: what is there is read. Where nothing is, it is refused at once."""
     directory = tmp_path / "c"
     Training(directory).epochs(1)
     real = os.open
@@ -348,25 +369,41 @@ def test_a_read_only_folder(tmp_path: Path, code: int, monkeypatch: pytest.Monke
         monkeypatch.setattr(os, name, refused)
     options: dict[str, Any] = {"milestones": {"stem": 0, "mid": 2 * STEPS}}
     known = Training(directory, **options).epochs(4)
-    new = Training(directory / "new", **options).epochs(2)
+    with pytest.raises(ValueError, match=f"new' can't hold a cache .*{os.strerror(code)}"):
+        Training(directory / "new", **options)
     monkeypatch.undo()
     assert_good(directory, known, **options)
-    assert_good(directory, new, **options)
     assert known.given == [1] * 4 * STEPS
     assert "nothing more is stored, for it can't be written" in known.notes
-    assert "nothing more is stored, for it can't be written" in new.notes
     assert not (directory / "new").exists()
 
 
 @pytest.mark.parametrize("when", ["auto", "always"])
-def test_the_directory_is_a_file(tmp_path: Path, when: str) -> None:
-    (tmp_path / "file").write_text("mine")
+def test_the_directory_becomes_a_file(tmp_path: Path, when: str) -> None:
+    """After the loader was made: then only the storing stops."""
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        training = Training(directory, when=when).epochs(2)
+        training = Training(directory, when=when)
+        (tmp_path / "file").write_text("mine")
+        training.epochs(2)
         assert_good(directory, training)
         assert training.given == [0] * 2 * STEPS
         assert "file" in training.notes
-    assert (tmp_path / "file").read_text() == "mine"
+        assert (tmp_path / "file").read_text() == "mine"
+        (tmp_path / "file").unlink()
+
+
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is no wrong path: there may be space when there is something to store."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    training = Training(tmp_path)
+    monkeypatch.undo()
+    training.epochs(2)
+    assert_good(tmp_path, training)
+    assert training.given[-STEPS:] == [1] * STEPS
 
 
 @pytest.mark.parametrize("when", ["auto", "always"])
@@ -464,6 +501,8 @@ def test_fill_of_a_run_that_ended_is_gone_on_with(tmp_path: Path) -> None:
     again.data.taken()
     again.epochs(2)
     assert_good(tmp_path, again)
+    assert again.notes.count(f"storing depth 1: resuming, {held} of {COUNT} rows are there") == 1
+    assert "storing depth 1 (" not in again.notes  # it was begun by the first run
     assert len(again.data.taken()) == 2 * PROBES + COUNT - held
 
 

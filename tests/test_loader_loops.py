@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -346,7 +347,7 @@ def test_batches_that_are_all_replaced(tmp_path: Path, stone: int, steps: int | 
     """Within an epoch, or of epochs that are cut; whatever other loaders the model has."""
     loop = Loop(tmp_path, stone=stone)
     with pytest.raises(
-        CacheRefusal, match=r"given other values \(float32 \[\d, 3, 8, 8\]\) than the 0 that the loader"
+        CacheRefusal, match=r"given other values \(float32 \[\d, 3, 8, 8\]\) than input 0 of the batch that the loader"
     ):
         epochs(loop, 1 if steps is None else 3, lambda _, x: 0.5 * x + 0.5 * x.flip(0), steps)
 
@@ -439,3 +440,49 @@ def test_examples_take_the_memory_of_one_batch(tmp_path: Path) -> None:
             storages.add(x.example.tensor.untyped_storage().data_ptr())
     assert len(storages) <= 3  # it grew twice
     assert len(loader._data._examples[0]) == 20
+
+
+def test_a_model_that_is_never_called_is_told_once(tmp_path: Path) -> None:
+    """``net(x)`` in place of ``model(x)``; a part of an epoch, or one before anything is frozen, tells nothing."""
+    said = "the model was not called in a whole epoch, so nothing could be stored: call what fxfreeze.compile returned"
+    loop = Loop(tmp_path)
+    for _ in loop.a:
+        pass
+    loop.model.freeze(2)
+    next(iter(loop.a))
+    assert loop.a.notes == []
+    for _ in range(2):
+        for x, _ in loop.a:
+            loop.model.original(x)
+    (note,) = loop.a.notes
+    assert note.startswith(said)
+    for _ in range(2):
+        for x, y in loop.a:
+            loop.step(x, y)
+    assert any("depth 2 is stored" in note for note in loop.a.notes)
+    assert sum(said in note for note in loop.a.notes) == 1
+
+
+FREEZES = {
+    "within an epoch": ((0.05, 1), (0.15, 2), (0.5, 4)),
+    "at once": ((0.0, 1), (1 / 6, 2), (2 / 6, 4)),
+    "faster than a fill": tuple((0.15 + 0.05 * n, n) for n in range(1, 5)),
+}
+
+
+@pytest.mark.parametrize("few", [False, True], ids=["all samples", "most samples"])
+@pytest.mark.parametrize("name", FREEZES)
+def test_each_store_that_is_begun_is_closed_by_one_line(tmp_path: Path, name: str, few: bool) -> None:
+    """The last one too, if the loop asks for all of its samples."""
+    sampler = {"sampler": range(SAMPLES - 2), "shuffle": None} if few else {}
+    each = training(tmp_path, freezes=FREEZES[name], options=sampler)
+    for _ in range(6):
+        each.epoch()
+    begun = [int(note.split()[2]) for note in each.loader.notes if re.match(r"storing depth \d+ \(", note)]
+    closed = [
+        int(found[1])
+        for note in each.loader.notes
+        if (found := re.match(r"(?:storing )?depth (\d+) (?:is stored: |ends with \d+ of \d+ rows: )", note))
+    ]
+    assert begun
+    assert closed == (begun[:-1] if few else begun)

@@ -21,6 +21,7 @@ from marked import (
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import fxfreeze
 import fxfreeze.optim
 from fxfreeze.schedule import Milestones
 
@@ -195,3 +196,44 @@ def test_state_made_before_the_scheduler_is_dropped() -> None:
     FreezeScheduler(optimizer, model)
     assert is_frozen_for_good(model, optimizer)
     assert len(optimizer.state) == 4
+
+
+def test_a_scheduler_that_is_never_stepped_warns_once() -> None:
+    model = fxfreeze.compile(network(), fxfreeze.FreezeOut(1000))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = FreezeScheduler(optimizer, model)
+    for _ in range(99):
+        optimizer.step()
+    with pytest.warns(
+        UserWarning, match=r"taken 100 steps, and FreezeScheduler.step\(\) was never called.*call it once"
+    ):
+        optimizer.step()
+    for _ in range(200):
+        optimizer.step()
+    again = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = FreezeScheduler(again, model)
+    scheduler.step()
+    for _ in range(200):
+        again.step()
+
+
+def test_a_scheduler_that_has_nothing_ahead_need_not_be_stepped() -> None:
+    model = fxfreeze.compile(network(), Milestones({"2": 0}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    FreezeScheduler(optimizer, model)
+    for _ in range(200):
+        optimizer.step()
+
+
+def test_more_steps_than_the_schedule_has_warn_once() -> None:
+    model = fxfreeze.compile(network(), fxfreeze.FreezeOut(5))
+    scheduler = FreezeScheduler(torch.optim.SGD(model.parameters(), lr=0.01), model)
+    for _ in range(5):
+        scheduler.step()
+    with pytest.warns(
+        UserWarning, match=r"called 6 times, and the schedule has total_steps=5: all learning rates"
+    ) as said:
+        scheduler.step()
+    assert said[0].filename == __file__
+    for _ in range(5):
+        scheduler.step()

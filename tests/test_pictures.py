@@ -48,9 +48,9 @@ def test_learning_rates_have_a_line_for_each_unit() -> None:
 
 def test_savings_compare_the_prediction_with_the_measurement() -> None:
     bars = {label: value for label, value, _ in report.savings(make_report([make_trial()]))}
-    assert bars["predicted, no cache"] == 0.4
-    assert bars["predicted, with a cache"] == 0.6
-    assert bars["FLOPs counted"] == pytest.approx(1 - 0.4 / 2)  # 0.4 of plain's FLOPs over twice its steps
+    assert bars["FLOPs predicted, no cache"] == 0.4
+    assert bars["FLOPs predicted, with a cache"] == 0.6
+    assert bars["FLOPs counted, no cache"] == pytest.approx(1 - 0.4 / 2)  # 0.4 of plain's FLOPs over twice its steps
     assert bars["time measured, fxfreeze"] == pytest.approx(1 - 0.04 / 0.2)
     assert bars["time measured, freezeout"] == pytest.approx(1 - 0.05 / 0.2)
     drawn = pictures.savings([("a", -0.1, "#000000"), ("b", 0.5, "#000000")]).axes[0]
@@ -92,6 +92,11 @@ def test_figures_of_reading_keep_to_a_unit_and_apart() -> None:
     axes = pictures.origins([make_traffic(disk=1, seconds=0.02)] * 3).axes[0]
     assert axes.get_title("left") == "Samples by origin; MB/s of reading"
     assert [text.get_text() for text in axes.texts] == ["50.0"] * 3
+    axes = pictures.origins([make_traffic(disk=1, seconds=0.02 / speed) for speed in (1.0, 0.004, 1e-6)]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["50.0", "0.2", "<0.01"]
+    axes = pictures.origins([make_traffic(disk=1, seconds=20.0)]).axes[0]
+    assert axes.get_title("left") == "Samples by origin; kB/s of reading"
+    assert [text.get_text() for text in axes.texts] == ["50.0"]
     figure = pictures.origins([make_traffic(disk=1000, seconds=0.08, cold=True)] * 90)
     figure.draw_without_rendering()
     axes = figure.axes[0]
@@ -140,6 +145,15 @@ def test_staircase_and_savings_show_the_cached_row() -> None:
     assert [line.get_label() for line in depths.lines] == ["freezeout", "fxfreeze", "fxfreeze+cache"]
     assert len({line.get_linestyle() for line in depths.lines}) == 3
     bars = {label: value for label, value, _ in report.savings(make_report([trial]))}
+    assert list(bars) == [
+        "FLOPs predicted, no cache",
+        "FLOPs counted, no cache",
+        "time measured, freezeout",
+        "time measured, fxfreeze",
+        "FLOPs predicted, with a cache",
+        "FLOPs counted, with a cache",
+        "time measured, fxfreeze+cache",
+    ]
     assert bars["time measured, fxfreeze+cache"] == pytest.approx(1 - 0.02 / 0.2)
     assert bars["FLOPs counted, with a cache"] == pytest.approx(
         1 - 0.2 / 2

@@ -72,8 +72,8 @@ def test_notes_say_where_the_cached_samples_came_from() -> None:
     """Of 4000 samples: 1100 computed, 900 from disk at 900 MB in 0.5 s, 2000 from RAM at 2 GB in 0.25 s."""
     text = "\n".join(report.notes(make_report([make_cached_trial(3), make_cached_trial(4)])))
     assert (
-        "fxfreeze+cache (seed 3): of all samples 28% were computed from the data set, 22% read from disk, "
-        "50% read from RAM. Stores were read at 1.8 GB/s the first time and 8.0 GB/s later."
+        "fxfreeze+cache (seed 3): 28% of its samples came from the data set, 22% from stores on disk, "
+        "50% from stores in RAM. Stores were read at 1.8 GB/s the first time and 8.0 GB/s later."
     ) in text
     assert "(seed 4)" not in text
 
@@ -81,12 +81,15 @@ def test_notes_say_where_the_cached_samples_came_from() -> None:
 @pytest.mark.parametrize(
     ("epochs", "words"),
     [
-        ([make_traffic(forward=10)], "of all samples 100% were computed from the data set."),
+        ([make_traffic(forward=10)], "100% of its samples came from the data set."),
         (
             [make_traffic(device=10, seconds=0.01, cold=True)],
-            "of all samples 100% were read from the device's memory. Stores were read at 1.0 GB/s the first time.",
+            "100% of its samples came from stores in the device's memory. Stores were read at 1.0 GB/s the first time.",
         ),
-        ([make_traffic(ram=10, seconds=0.01)], "100% were read from RAM. Stores were read at 1.0 GB/s later."),
+        (
+            [make_traffic(ram=10, seconds=0.01)],
+            "100% of its samples came from stores in RAM. Stores were read at 1.0 GB/s later.",
+        ),
     ],
 )
 def test_notes_on_a_cache_claim_no_reading_that_was_not(epochs: list[dict[str, Any]], words: str) -> None:
@@ -99,7 +102,7 @@ def test_notes_pass_by_a_cache_that_gave_nothing() -> None:
     for epochs in ([], [make_traffic()]):
         trial = make_cached_trial()
         trial.rows["fxfreeze+cache"].cache = CacheRecord([], epochs)
-        assert "of all samples" not in "\n".join(report.notes(make_report([trial])))
+        assert "of its samples" not in "\n".join(report.notes(make_report([trial])))
 
 
 def test_notes_say_when_the_machine_was_disturbed() -> None:
@@ -113,7 +116,11 @@ def test_notes_name_what_diverged_and_what_was_stopped() -> None:
     trial = make_trial(3, finished=False)
     trial.rows["plain"] = make_row("plain", seconds=1.0, steps=5, loss=math.nan)
     text = "\n".join(report.notes(make_report([trial])))
-    assert "plain diverged (seed 3): its loss is not a finite number; try a lower --lr" in text
+    assert "plain diverged (seed 3): its loss is not a finite number since step 1; try a lower --lr" in text
+    trial.rows["plain"].record.losses[:] = [1.0, math.inf, 1.0, 1.0, math.nan]
+    assert "not a finite number since step 5;" in "\n".join(report.notes(make_report([trial])))
+    trial.rows["plain"].record.losses[:] = [1.0, math.inf, 1.0]  # a step that the scaler skipped
+    assert "diverged" not in "\n".join(report.notes(make_report([trial])))
     assert "Stopped during seed 3, after these steps: plain 5/100, freezeout 200/200" in text
 
 
@@ -173,6 +180,13 @@ def test_page_says_what_the_terminal_says() -> None:
     for value in (*result.environment.values(), "net<1>", "about plain-short", "weight decay", "0.0001"):
         assert value in text
     assert "$" not in text
+
+
+def test_a_table_that_a_narrow_window_cuts_shows_it() -> None:
+    text = page.as_html(make_report([make_trial()]))
+    assert '<p class="hint">A table wider than this window scrolls sideways.</p>' in text
+    assert re.search(r"max-width: 720px.*\.hint \{ display: block", text, re.DOTALL)
+    assert re.search(r"\.scroll \{ overflow-x: auto; [^}]*no-repeat local[^}]*no-repeat scroll", text)
 
 
 def test_json_holds_every_figure(tmp_path: Path) -> None:

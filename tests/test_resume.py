@@ -1,6 +1,7 @@
 """Stopping at any step and going on from the saved states is, bit for bit on CPU, not having stopped."""
 
 import contextlib
+import functools
 import io
 import itertools
 from typing import Any
@@ -43,11 +44,25 @@ def resumed(run: Run, file: bytes) -> None:
     torch.set_rng_state(states["random"])
 
 
+@functools.cache
+def lstm_in_bf16() -> bool:
+    try:
+        with bf16():
+            torch.nn.LSTM(2, 2)(torch.randn(1, 1, 2))
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" in str(error):
+            return False
+        raise
+    return True
+
+
 @pytest.mark.parametrize("context", [contextlib.nullcontext, bf16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("optimise", [SGD, ADAM])
 @pytest.mark.parametrize("name", NAMES)
 def test_resuming_is_not_having_stopped(name: str, optimise: Any, context: Any) -> None:
     case = (CASES | FAMILIES)[name]
+    if name == "recurrent" and context is bf16 and not lstm_in_bf16():
+        pytest.skip("oneDNN has no LSTM in bf16 for this processor: the original can't run either")
 
     def fresh(seed: int) -> Run:
         torch.manual_seed(seed)

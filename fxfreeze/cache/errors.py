@@ -2,6 +2,7 @@
 # ruff: noqa: N818 (a name says what is wrong, and that is an error)
 
 __all__ = [
+    "BY_SAMPLE",
     "CacheError",
     "CacheFull",
     "CacheLocked",
@@ -11,6 +12,12 @@ __all__ = [
     "MissingRow",
     "StaleCache",
 ]
+
+
+BY_SAMPLE = (
+    "Activations are stored by sample, as the loader yields it: change single samples in the data set or in the model, mix "
+    "samples in the part of the model that still trains, or train without the cache"
+)
 
 
 class CacheError(Exception):

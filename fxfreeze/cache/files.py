@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fxfreeze.cache.errors import CacheError, CacheFull, CorruptCache
 
-__all__ = ["make_folder", "open_regular", "place", "point", "read_capped", "stage", "sync_folder", "translated"]
+__all__ = ["FULL", "make_folder", "open_regular", "place", "point", "read_capped", "stage", "sync_folder", "translated"]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 
@@ -25,7 +25,7 @@ def translated(folder: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise CacheFull(f"no space left {doing} {folder} ({error}); free some, or cache elsewhere") from error
         raise CacheError(f"{doing} {folder} failed ({error}); is the folder writable?") from error
 

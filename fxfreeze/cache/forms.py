@@ -8,10 +8,21 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from fxfreeze.cache.columns import DTYPES, Blob, Column
 from fxfreeze.cache.contents import checksum, row_bytes
-from fxfreeze.cache.errors import CacheRefusal
+from fxfreeze.cache.errors import BY_SAMPLE, CacheRefusal
 from fxfreeze.cache.generators import generators_kept
 from fxfreeze.cache.objects import ObjectCodec
-from fxfreeze.cache.structure import Constant, Fork, Node, Objects, Rows, assemble, derive, leaves, part_values
+from fxfreeze.cache.structure import (
+    Constant,
+    Fork,
+    Node,
+    Objects,
+    Rows,
+    assemble,
+    derive,
+    leaves,
+    part_text,
+    part_values,
+)
 from fxfreeze.cache.trees import fresh, is_named, qualified
 from fxfreeze.sizes import dtype_text
 
@@ -41,7 +52,7 @@ class BatchForm:
         self.columns = tuple(_column(f"rest.{number}", parts[place]) for number, place in enumerate(self._rest))
         values = part_values(tree, probe)
         self._codecs = {
-            place: ObjectCodec(parts[place].name, values[place])
+            place: ObjectCodec(part_text(parts[place].name), values[place])
             for place in self._rest
             if isinstance(parts[place], Objects)
         }
@@ -110,7 +121,9 @@ class BatchForm:
                 f"{', '.join(_classes(self._tree))} must be made from its values alone; let the collate function return a dict"
             ) from error
         if _row_sums(self._tree, built) != _row_sums(self._tree, batch):
-            raise CacheRefusal(f"{self._tree.name}: a batch differs when it is built from its parts")
+            raise CacheRefusal(
+                "a batch differs when it is built from its parts: let the collate function return tensors, lists and dicts"
+            )
 
 
 class _Trials:
@@ -143,12 +156,12 @@ class _Trials:
     def _refuse(self, tree: Node, name: str, order: list[int]) -> None:
         if _row_sums(tree, self.batch(order)) != _row_sums(tree, self.batch(order)):
             raise CacheRefusal(
-                f"{name}: collating the same samples again gives other rows: the collate function draws random numbers "
-                "(mixup, say); mix in the training loop, after the loader"
+                f"{part_text(name)}: collating the same samples again gives other rows: the collate function draws random "
+                f"numbers (mixup, say). {BY_SAMPLE}"
             )
         raise CacheRefusal(
-            f"{name}: a sample's row depends on the samples that it is collated with, or on their order: the collate "
-            "function must neither sort nor look at the whole batch (normalise, shuffle, drop); do that in the training loop"
+            f"{part_text(name)}: a sample's row depends on the samples that it is collated with, or on their order: the "
+            f"collate function must neither sort nor look at the whole batch (normalise, shuffle, drop). {BY_SAMPLE}"
         )
 
 
@@ -212,20 +225,20 @@ def _position(tree: Fork, inputs: Inputs, name: str | int) -> int:
 def _input(part: Any) -> Rows:
     if not isinstance(part, Rows):
         raise CacheRefusal(
-            f"the input {part.name} is {part}, not a tensor with a row per sample; collate it into one, or name by "
+            f"{part_text(part.name, 'input')} is {part}, not a tensor with a row per sample; collate it into one, or name by "
             "inputs= what the model receives"
         )
-    _check_dtype(part, f"the input {part.name}")
+    _check_dtype(part, part_text(part.name, "input"))
     return part
 
 
 def _column(name: str, part: Any) -> Column | Blob:
     if isinstance(part, Objects):
         return Blob(name)
-    _check_dtype(part, part.name)
+    _check_dtype(part, part_text(part.name))
     if part.type is not Tensor:
         raise CacheRefusal(
-            f"{part.name} is a {qualified(part.type)}, whose class would be lost; let the collate function return "
+            f"{part_text(part.name)} is a {qualified(part.type)}, whose class would be lost; let the collate function return "
             "value.as_subclass(torch.Tensor)"
         )
     return Column(name, part.dtype, part.shape)

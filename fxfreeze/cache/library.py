@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfreeze.cache.columns import Blob, Column
-from fxfreeze.cache.errors import CacheError, CacheFull, CacheLocked, CorruptCache
+from fxfreeze.cache.errors import CacheError, CorruptCache
 from fxfreeze.cache.filling import BatchFill, Filling
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.placement import Placement
@@ -127,8 +127,7 @@ class Library:
         self._place()
         self._may_begin = not self.stopped
         self._may_retire = True
-        if self.filling is not None and self.filling.depth < self.model.depth and self._mostly_held():
-            self.filling = None  # some samples may never be asked for; what is missing is made from what there is
+        self._let_go()
         self._asked, self._count = [], 0
 
     def asked(self, keys: Tensor) -> None:
@@ -136,6 +135,15 @@ class Library:
         if self._count < self.shelf.length:
             self._asked.append(keys)
             self._count += len(keys)
+
+    def _let_go(self) -> None:
+        """Of what is filled, where a deeper store is there, or may be begun now."""
+        filling, serving = self.filling, self.serving
+        if filling is not None and serving is not None and filling.depth < serving.depth:
+            self._close(f"depth {serving.depth}, which is stored, serves in its place")
+        elif filling is not None and filling.depth < self.model.depth and self._mostly_held():
+            # Some samples may never be asked for; what is missing is made from what there is.
+            self._close("a deeper store may be begun, and is made from it")
 
     def _mostly_held(self) -> bool:
         """Whether the store that is being filled holds most of what was asked for in the last round."""
@@ -150,6 +158,7 @@ class Library:
         filling = self.filling
         source = None if filling is None else filling.commit()
         if filling is not None and filling.ended:
+            self.stopped |= filling.broken
             self.filling = None
         if source is None:
             return
@@ -161,7 +170,7 @@ class Library:
     def forget(self) -> None:
         """The data set is another: nothing that is stored is of it."""
         self.commit()
-        self.filling = None
+        self._close("it is of the data set as it was")
         self._sources.clear()
         self._validity.forget()
         self._begun.clear()
@@ -176,9 +185,9 @@ class Library:
         self._retire(call)
         filling = self.filling
         if filling is not None and self.model._forward.training and self._is_of_another(filling, call):
-            self.commit()  # the frozen part is another than it was
-            self.filling = filling = None
-        if filling is None and self._may_begin and call.chain.depth > self._declined:
+            self.commit()
+            self._close("the frozen part is another than it was")
+        if self.filling is None and self._may_begin and call.chain.depth > self._declined:
             self._begin(call, batch)
         filling = self.filling
         if filling is None or filling.ended or filling.depth > call.chain.depth or self._is_of_another(filling, call):
@@ -208,7 +217,7 @@ class Library:
         if not served and not self.worth.pays(call, batch, first=first):
             self._declined = call.chain.depth  # and it pays less with every step
             return
-        self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self._failed, self._rounded)
+        self.filling = Filling(self.shelf, identity, self._rest, self._store_dtype, self.say)
         if served:
             self._used(identity)
         else:
@@ -286,13 +295,8 @@ class Library:
             with suppress(CacheError):  # another run writes it
                 self.shelf.drop(old)
 
-    def _rounded(self, error: float) -> None:
-        self.say(f"rows are stored as {self._validity.stored_as}, with a relative error of {error:.1e}")
-
-    def _failed(self, error: CacheError) -> None:
-        if isinstance(error, CacheLocked):
-            self.say(f"another run fills this cache; this one reads what is there ({error})")
-            return
-        self.stopped = True
-        why = "there is no space left" if isinstance(error, CacheFull) else "it can't be written"
-        self.say(f"nothing more is stored, for {why}: {error}")
+    def _close(self, why: str) -> None:
+        """Fill no more what is filled, if anything is."""
+        if self.filling is not None:
+            self.filling.give_up(why)
+            self.filling = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fxfreeze.cache.arguments import as_bytes, as_directory, as_dtype, check_choice, check_model
 from fxfreeze.cache.dataset import KnownData
 from fxfreeze.cache.fetch import Batches, Fetched, check_loader, draws_at_once
 from fxfreeze.cache.library import Library
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CachedLoader"]
 
+NEVER_CALLED = (
+    "the model was not called in a whole epoch, so nothing could be stored: call what fxfreeze.compile returned, in place of "
+    "the network that was compiled"
+)
 _CHECKED = 8  # batches before anything is frozen whose way to the model is watched: mixup is refused before it costs
 
 
@@ -42,7 +47,7 @@ class CachedLoader:
     holds, are stored too: then the data set is read only for a few probed samples each epoch. Other attributes are the
     wrapped loader's, to read and to set.
 
-    directory: of the stores, one for each frozen part and data set; runs with the same share them.
+    directory: of the stores, one for each frozen part and data set, made when it is needed; runs with the same share them.
     inputs: what of a batch the model receives: keys of a dict (default: those that are parameters of its forward), positions
     or fields of a tuple (default: the first).
     fingerprint: names the data set, in place of checksums of probed samples.
@@ -51,9 +56,10 @@ class CachedLoader:
     views: how many drawings of a randomly augmented sample are stored; "flip": a sample and its mirror image.
     augmented: "freeze" trains on the first drawing of each sample.
     placement: where complete stores are kept while they serve: "device", "ram", "disk", or "auto" by what has room.
-    store_dtype: a narrower floating point type to store in, such as torch.bfloat16.
+    store_dtype: a narrower floating point type to store in, such as torch.bfloat16 or "bf16".
 
-    Raises CacheRefusal (a ValueError) for what can't be cached with right results, at once or in the first epoch.
+    Raises CacheRefusal (a ValueError) for what can't be cached with right results, at once or in the first epoch, and
+    ValueError or TypeError for impossible arguments, such as a directory that can be neither written nor made.
     """
 
     def __init__(
@@ -69,12 +75,13 @@ class CachedLoader:
         views: int | Literal["flip"] = 1,
         augmented: Literal["refuse", "freeze"] = "refuse",
         placement: Literal["auto", "device", "ram", "disk"] = "auto",
-        store_dtype: torch.dtype | None = None,
+        store_dtype: torch.dtype | str | None = None,
     ) -> None:
-        _check_choice("when", when, ("auto", "always"))
-        _check_choice("augmented", augmented, ("refuse", "freeze"))
-        _check_choice("placement", placement, ("auto", "device", "ram", "disk"))
-        _check_model(model)
+        check_choice("when", when, ("auto", "always"))
+        check_choice("augmented", augmented, ("refuse", "freeze"))
+        check_choice("placement", placement, ("auto", "device", "ram", "disk"))
+        most, dtype, folder = as_bytes(max_bytes), as_dtype(store_dtype), as_directory(directory)
+        check_model(model)
         check_loader(loader)
         self.model = model
         self.notes: list[str] = []  # what was decided and why, as it was printed
@@ -88,22 +95,14 @@ class CachedLoader:
         self._form = self._data.form
         self._examples: list[Example] = []  # of as many samples as the largest batch
         length = self._data.length * self._views.count
-        shelf = Shelf(directory, self._data.identity, length)
-        worth = Worth(
-            model,
-            shelf,
-            when=when,
-            max_bytes=max_bytes,
-            store_dtype=store_dtype,
-            say=self._say,
-        )
+        shelf = Shelf(folder, self._data.identity, length)
+        worth = Worth(model, shelf, when=when, max_bytes=most, store_dtype=dtype, say=self._say)
         kept = Placement(placement, self._say)
-        self._library = Library(
-            model, shelf, self._form.columns, store_dtype, worth, kept, self._data.examples, self._say
-        )
+        self._library = Library(model, shelf, self._form.columns, dtype, worth, kept, self._data.examples, self._say)
         self._watch = Watch(self._form.names)
         self._watched = 0
         self._running = 0  # iterators
+        self._called = False  # whether the model was, in this round
         self._reread = False  # whether the data set was looked at in this round
         self._batches = Batches(loader, self._missing)
         model._forward.attach(self)
@@ -160,6 +159,7 @@ class CachedLoader:
     def _given_out(self, batches: Iterator[Looked]) -> Iterator[Any]:
         yielded, replaced = None, True  # whether all batches were replaced on their way to the model
         self._running += 1
+        frozen = self.model.depth > 0
         try:
             for looked in batches:
                 batch, yielded = self._given(looked)
@@ -168,6 +168,8 @@ class CachedLoader:
                 self._watched += yielded is not None
             if yielded is not None and replaced:
                 self._watch.refuse(yielded)
+            if frozen and not self._called and not self.model._forward.compiled:
+                self._say(NEVER_CALLED)
         finally:
             self._running -= 1
             self._watch.blind = False
@@ -178,6 +180,7 @@ class CachedLoader:
     def _begin(self) -> None:
         if not self._running:
             self._watch.forget()
+            self._called = False
         self._look_at_data(reread=self.model.depth > 0)
         self._library.begin()
 
@@ -265,6 +268,7 @@ class CachedLoader:
 
     def received(self, tensors: Sequence[Tensor], chain: Chain | None) -> Fill | None:
         """A call of the model: the rows of which batch it will compute."""
+        self._called = True
         forward = self.model._forward
         beside = [tap._watch for tap in forward.taps if isinstance(tap, CachedLoader) and tap is not self]
         found = self._watch.match(tensors, training=forward.training, beside=beside)
@@ -274,6 +278,7 @@ class CachedLoader:
         return self._library.fill_for(Called(chain, tensors, slots), batch)
 
     def valid(self, source: Source, call: Called) -> bool:
+        self._called = True
         return self._library.valid(source, call)
 
     def fill_for(self, call: Called, batch: Yielded | Served) -> Fill | None:
@@ -283,16 +288,3 @@ class CachedLoader:
         """The model's inputs of these rows, read from the data set."""
         batch = self._batches.read((keys // self._views.count).tolist())
         return self._views.shown(self._form.inputs(batch), keys)
-
-
-def _check_choice(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}: expected one of {', '.join(map(repr, known))}")
-
-
-def _check_model(model: object) -> None:
-    if not hasattr(model, "_forward") or not hasattr(model, "units"):
-        raise TypeError(
-            f"CachedLoader needs a FreezableModel, and got a {type(model).__name__}: pass what fxfreeze.compile(net, schedule) "
-            "returned"
-        )

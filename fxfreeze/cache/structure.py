@@ -84,7 +84,7 @@ def derive(one: Any, other: Any, sizes: tuple[int, int], name: str = "") -> Node
     matched = _values_as(other, kind)
     if matched is None:
         raise CacheRefusal(
-            f"{name or 'batch'} is a {kind} in a batch of {sizes[0]} samples and a {again[0]} in one of {sizes[1]}; "
+            f"{part_text(name)} is a {kind} in a batch of {sizes[0]} samples and a {again[0]} in one of {sizes[1]}; "
             "it must be the same in any batch: change the collate function"
         )
     children = (
@@ -92,6 +92,11 @@ def derive(one: Any, other: Any, sizes: tuple[int, int], name: str = "") -> Node
         for key, a, b in zip(kind.keys, values, matched, strict=True)
     )
     return Fork(name or "batch", kind, tuple(children))
+
+
+def part_text(name: str, kind: str = "part") -> str:
+    """A node as messages name it: a position alone would read like a value."""
+    return "the batch" if name in ("", "batch") else f"{kind} {name} of the batch"
 
 
 def leaves(node: Node) -> Iterator[Leaf]:
@@ -110,7 +115,8 @@ def part_values(node: Node, batch: Any) -> list[Any]:
     for leaf, size in sizes:
         if size != sizes[0][1]:
             raise CacheRefusal(
-                f"{leaf.name} has {size} rows, and {sizes[0][0].name} {sizes[0][1]}; a batch has one row per sample"
+                f"{part_text(leaf.name)} has {size} rows, and {part_text(sizes[0][0].name)} {sizes[0][1]}; a "
+                "batch has one row per sample"
             )
     return values
 
@@ -130,8 +136,8 @@ def _tensor(one: Tensor, other: Tensor, sizes: tuple[int, int], name: str) -> Le
     if (same := _same_contents(one, other)) is not None:
         return Constant(name, fresh(one), same)
     raise CacheRefusal(
-        f"{name} is {_of(one)} in a batch of {sizes[0]} samples and {_of(other)} in one of {sizes[1]}: neither one row "
-        "per sample along its first dimension nor the same in every batch; change the collate function"
+        f"{part_text(name)} is {_of(one)} in a batch of {sizes[0]} samples and {_of(other)} in one of {sizes[1]}: neither one "
+        "row per sample along its first dimension nor the same in every batch; change the collate function"
     )
 
 
@@ -139,8 +145,8 @@ def _constant(one: Any, other: Any, sizes: tuple[int, int], name: str) -> Leaf:
     if (same := _same_contents(one, other)) is not None or one is other:
         return Constant(name, fresh(one), same)
     raise CacheRefusal(
-        f"{name} is {_short(one)} in a batch of {sizes[0]} samples and {_short(other)} in one of {sizes[1]}; a batch "
-        "can be dicts, lists, tuples, namedtuples and classes known to torch.utils._pytree (register_dataclass makes "
+        f"{part_text(name)} is {_short(one)} in a batch of {sizes[0]} samples and {_short(other)} in one of {sizes[1]}; a "
+        "batch can be dicts, lists, tuples, namedtuples and classes known to torch.utils._pytree (register_dataclass makes "
         "a dataclass known), of tensors with a row per sample, lists with an object per sample, and constants"
     )
 
@@ -169,12 +175,12 @@ def _check_rows(rows: Rows, value: Any, where: str, here: str) -> None:
         _refuse(rows, _short(value))
     met = type(value), value.dtype, tuple(value.shape[1:])
     if met != (rows.type, rows.dtype, rows.shape):
-        raise CacheRefusal(f"{rows.name} has rows of {_described(*met)} {here}, and {rows} {where}; {_PAD}")
+        raise CacheRefusal(f"{part_text(rows.name)} has rows of {_described(*met)} {here}, and {rows} {where}; {_PAD}")
 
 
 def _refuse(node: Node, met: str) -> NoReturn:
     raise CacheRefusal(
-        f"{node.name} is {met} in this batch, and {node} {_LEARNED}; it must be alike in every batch: "
+        f"{part_text(node.name)} is {met} in this batch, and {node} {_LEARNED}; it must be alike in every batch: "
         "change the data set or its collate function"
     )
 

@@ -72,8 +72,10 @@ class Validity:
     def known(self, source: Source) -> bool | None:
         """Whether the source was found to hold what the model computes; None if it was never asked."""
         chain = None if self._chain is None else self._chain()
-        known = {} if chain is None else self._known.get(chain, {})
-        return known[source.depth].identity == source.identity if source.depth in known else None
+        known = None if chain is None else self._known.get(chain, {}).get(source.depth)
+        if known is None or known.signs is None:  # the thread that reads ahead may ask while it is being found
+            return None
+        return known.identity == source.identity
 
     def identity(self, call: Called, depth: int) -> Identity | None:
         """Of the store of that depth; None where the chain has none, or does not treat each sample by itself."""

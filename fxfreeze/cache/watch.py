@@ -8,8 +8,9 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from fxfreeze.cache.contents import row_bytes
-from fxfreeze.cache.errors import CacheRefusal
+from fxfreeze.cache.errors import BY_SAMPLE, CacheRefusal
 from fxfreeze.cache.served import Yielded
+from fxfreeze.cache.structure import part_text
 from fxfreeze.sizes import dtype_text
 
 __all__ = ["Watch"]
@@ -53,9 +54,8 @@ class Watch:
         self.forget()
         self._replaced = 0
         raise CacheRefusal(
-            f"the model was given other values ({batch.instead}) than the {' and '.join(self._names)} that the loader yielded: "
-            "something between them changes the input (mixup, augmentation on the GPU, normalisation, a cast). Activations are "
-            "stored by sample, so do it in the data set or in the model, or train without the cache"
+            f"the model was given other values ({batch.instead}) than {_inputs(self._names)} that the loader yielded: "
+            f"something between them changes the input (mixup, augmentation on the GPU, normalisation, a cast). {BY_SAMPLE}"
         )
 
     def forget(self) -> None:
@@ -76,10 +76,7 @@ class Watch:
         if batch is not None:
             missing = [name for name, each in zip(self._names, batch.sums, strict=True) if each not in sums]
             if missing:
-                raise CacheRefusal(
-                    f"the model did not receive {', '.join(missing)}, which counts as its input: name by inputs= what it "
-                    "receives"
-                )
+                raise CacheRefusal(f"the model did not receive {_inputs(missing)}: name by inputs= what it receives")
             batch.seen = True
             return batch, [batch.sums.index(each) for each in sums]
         if training and not any(other.blind or other._found(sums) for other in beside):
@@ -90,3 +87,8 @@ class Watch:
 
     def _found(self, sums: Sums) -> Yielded | None:
         return next((b for b in reversed(self._yielded) if sums and all(each in b.sums for each in sums)), None)
+
+
+def _inputs(names: Sequence[str]) -> str:
+    """Positions in the batch, or keys, told from values."""
+    return part_text(" and ".join(names), "input" if len(names) == 1 else "inputs")

@@ -80,7 +80,7 @@ class Worth:
         write, read = stored(self.shelf.directory, rows, self.store_dtype)
         reads = self._reads(len(keys), first)
         until = "to the end of training" if first else "until the next freeze"
-        times = "as often as training goes on" if math.isinf(reads) else f"{reads:.1f} times {until}"
+        times = "as often as training goes on" if math.isinf(reads) else f"{_times(reads)} {until}"
         saved = compute if not first else compute - read  # a shallower store is read as it is
         text = (
             f"a sample takes {seconds_text(compute)} to compute, {seconds_text(read)} to read, {seconds_text(write)} to write, "
@@ -117,6 +117,10 @@ class Worth:
                 f"{bytes_text(disk.total)} stay so"
             )
         return None
+
+
+def _times(reads: float) -> str:
+    return f"about {reads:.0f} times" if reads >= 2.95 else f"{reads:.1f} times"
 
 
 def _known(call: Called, batch: Yielded | Served) -> tuple[int, Sequence[Any], Sequence[Tensor]]:
