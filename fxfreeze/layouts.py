@@ -44,11 +44,19 @@ class Layouts:
         if ones not in self._known:
             self.learn(self._original(inputs))
         formats = self._known.get(ones)  # none where the original's shapes differ: then nothing is comparable
-        return tuple(outputs) if formats is None else tuple(map(_as, outputs, formats))
+        laid_out = outputs if formats is None else map(_as, outputs, formats)
+        return tuple([value if any(value is given for given in inputs) else _own(value) for value in laid_out])
 
 
 def _ones(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple([tuple([size == 1 for size in v.shape]) if isinstance(v, Tensor) else None for v in values])
+
+
+def _own(value: Any) -> Any:
+    """The value as memory of its own: not a slice of a buffer that others are slices of."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return value
+    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
 
 
 def _as(value: Any, wanted: _Format | None) -> Any:

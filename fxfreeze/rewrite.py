@@ -126,7 +126,7 @@ def _changes(node: Node, module: GraphModule) -> bool:
 
 
 class Writes:
-    """The writes of a graph as a pass found it; nodes made since then write nothing and are memory of their own."""
+    """The writes of a graph as a pass found it; what it made since writes nothing, and lies where what it replaced lay."""
 
     def __init__(self, module: GraphModule):
         self._memory = Memory(module.graph, module.get_submodule)
@@ -148,9 +148,15 @@ class Writes:
         """Who writes into ``value`` once it is made."""
         return next((node for node in self._into([value]) if value < node), None)
 
+    def _found(self, node: Node) -> Node:
+        """The node that the pass found where this one is now."""
+        while node not in self._memory.effects and "replaces" in node.meta:
+            node = node.meta["replaces"]
+        return node
+
     def _into(self, sources: Iterable[Any]) -> Iterator[Node]:
-        known = [n for n in sources if isinstance(n, Node) and n in self._memory.effects]
-        classes = {self._memory.class_of(n) for n in known}
+        known = [self._found(n) for n in sources if isinstance(n, Node)]
+        classes = {self._memory.class_of(n) for n in known if n in self._memory.effects}
         return (node for node, written in self._writers if written & classes and not node._erased)
 
 
@@ -161,7 +167,7 @@ def emit(
     with module.graph.inserting_before(at):
         ready = {k: hold(module, f"{name}_{k}", v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
         node = module.graph.call_function(function, (), ready)
-    node.meta.update(like.meta)
+    node.meta.update(like.meta, replaces=like)
     return node
 
 
@@ -212,6 +218,8 @@ def views_may_copy(module: GraphModule) -> bool:
     nodes = [n for n in module.graph.nodes if _called(n, module) in _VIEWS]
     views = [n for n in nodes if n.op == "call_method" and n.target in ("view", "view_as")]
     if any(isinstance(argument, torch.dtype) for n in views for argument in n.args):
+        return False
+    if any(_called(n, module).startswith("as_strided") for n in module.graph.nodes):
         return False
     memory = Memory(module.graph, module.get_submodule)
     written = {memory.class_of(w) for does in memory.effects.values() for w in does.writes}

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fxfreeze.kernels.layouts import window_size
 from fxfreeze.kernels.reference import ACTIVATIONS
 
+_dual: Any = forward_ad.unpack_dual
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,15 +39,23 @@ def convolution(
         activation(op, name)
     given = windows(op, stride, padding, dilation)
     expected = (x.shape[0], outputs, *size(op, x, weight_.shape[2:], *given))
-    output(op, out, expected, x=x, residual=residual)
+    read = {"x": x, "residual": residual, "weight": weight_, "bias": bias, "scale": scale, "shift": shift}
+    output(op, out, expected, **read)
     if residual is not None and residual.shape != out.shape:
         raise ValueError(f"{op}: residual has shape {tuple(residual.shape)}, expected that of out, {tuple(out.shape)}")
 
 
 def inference(op: str, *tensors: Tensor | None) -> None:
     """There is no backward. For the functions: within an op gradients are off, and are lost in silence."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op} has no backward, and an input requires a gradient: call it under torch.no_grad()")
+    given = [t for t in tensors if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        raise RuntimeError(
+            f"{op} has no backward, and an input or out requires a gradient: call it under torch.no_grad()"
+        )
+    if forward_ad._current_level >= 0 and any(_dual(t).tangent is not None for t in given):
+        raise RuntimeError(
+            f"{op} has no forward-mode derivative, and an input has a tangent: use the PyTorch operators"
+        )
 
 
 def images(op: str, dim: int, **tensors: Tensor | None) -> None:
@@ -55,6 +66,8 @@ def images(op: str, dim: int, **tensors: Tensor | None) -> None:
         if t.dim() != dim:
             layout = "(rows, channels)" if dim == 2 else "(N, C, H, W)"
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {layout}")
+        if t.shape[1] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, and so no channels")
         if t.dtype not in _FLOATS:
             raise TypeError(f"{op}: {name} is {t.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
         if t.dtype != like.dtype or t.device != like.device:
@@ -70,6 +83,10 @@ def weight(op: str, given: Tensor, x: Tensor, shape: Sequence[int | None]) -> No
     if given.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, given.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{op}: weight has shape {tuple(given.shape)}, expected ({expected})")
+    if not given.numel():
+        raise ValueError(
+            f"{op}: weight has shape {tuple(given.shape)}, and so no elements; expected at least one in each dimension"
+        )
     if given.dtype != x.dtype or given.device != x.device:
         raise TypeError(
             f"{op}: weight is {given.dtype} on {given.device}, x is {x.dtype} on {x.device}; they must be alike"
@@ -146,11 +163,29 @@ def output(op: str, out: Tensor, shape: Sequence[int], **read: Tensor | None) ->
     """
     if tuple(out.shape) != tuple(shape):
         raise ValueError(f"{op}: out has shape {tuple(out.shape)}, expected {tuple(shape)}")
-    if any(n > 1 and s == 0 for n, s in zip(out.shape, out.stride(), strict=True)):
+    if _folded(out):
         raise ValueError(f"{op}: elements of out share memory (strides {out.stride()}); pass out.clone()")
     for name, t in read.items():
         if t is not None and not (name == "residual" and _same(t, out)) and not _apart(t, out):
             raise ValueError(f"{op}: out overlaps {name} in memory; pass another out")
+
+
+def broadcast(residual: Tensor | None, out: Tensor) -> Tensor | None:
+    """``residual`` as if it were as large as ``out``, where it is 1 in the dimensions that differ."""
+    if residual is None or residual.shape == out.shape or residual.dim() != out.dim():
+        return residual
+    fits = all(n in (1, m) for n, m in zip(residual.shape, out.shape, strict=True))
+    return residual.expand(out.shape) if fits else residual
+
+
+def _folded(t: Tensor) -> bool:
+    """Whether elements may share a place: a step no longer than all the smaller ones together."""
+    reach = 0
+    for step, n in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if step <= reach:
+            return t.numel() > 0
+        reach += (n - 1) * step
+    return False
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -170,6 +205,8 @@ def _apart(a: Tensor, b: Tensor) -> bool:
     (a_first, a_last), (b_first, b_last) = _extent(a), _extent(b)
     if a_last < b_first or b_last < a_first:
         return True
+    if a.dim() != b.dim():
+        return False
     pitch = math.gcd(*(t.stride(d) for t in (a, b) for d in range(t.dim()) if d != 1 and t.shape[d] > 1))
     if not pitch:
         return False

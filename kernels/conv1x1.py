@@ -30,22 +30,31 @@ def conv1x1(
     """``activation(conv2d(prologue(x * scale + shift), weight, bias, stride) + residual)``.
 
     x: (N, C, H, W); weight: (O, C, 1, 1) or (O, C), of x's dtype; bias: (O,); scale, shift: (C,), floating point;
-    residual, out: (N, O, ceil(H / stride), ceil(W / stride)) of x's dtype; ``out`` is made channels_last when None, and
-    may be ``residual``. prologue, activation: a name of ``fxfreeze.kernels.ACTIVATIONS``.
+    residual, out: (N, O, ceil(H / stride), ceil(W / stride)) of x's dtype; ``residual`` is broadcast; ``out`` is made
+    channels_last when None, and may be ``residual``. prologue, activation: a name of ``fxfreeze.kernels.ACTIVATIONS``.
 
     Raises ValueError for a shape, stride or name, TypeError for a dtype or device, RuntimeError where an input requires
     a gradient.
     """
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
-    checks.inference("conv1x1", x, weight, bias, scale, shift, residual)
+    checks.inference("conv1x1", x, weight, bias, scale, shift, residual, out)
     stride = checks.pair("conv1x1", "stride", stride)
     if out is None:
         checks.images("conv1x1", 4, x=x)
         checks.weight("conv1x1", weight, x, (None, x.shape[1], None, None))
         out = image_like(x, weight.shape[0], *checks.size("conv1x1", x, _ONE, stride, _NONE, _ONE))
     torch.ops.fxfreeze.conv1x1.default(
-        x, weight, bias, scale, shift, prologue or "none", residual, activation or "none", stride, out
+        x,
+        weight,
+        bias,
+        scale,
+        shift,
+        prologue or "none",
+        checks.broadcast(residual, out),
+        activation or "none",
+        stride,
+        out,
     )
     return out
 

@@ -37,14 +37,23 @@ def conv3x3(
     A 3x3 with at most 32 output channels whose stride, padding and dilation are 1 runs in a rolling form that reads x a
     third as often. Everything else as for ``conv1x1``.
     """
-    checks.inference("conv3x3", x, weight, bias, scale, shift, residual)
+    checks.inference("conv3x3", x, weight, bias, scale, shift, residual, out)
     windows = checks.windows("conv3x3", stride, padding, dilation)
     if out is None:
         checks.images("conv3x3", 4, x=x)
         checks.weight("conv3x3", weight, x, (None, x.shape[1], None, None))
         out = image_like(x, weight.shape[0], *checks.size("conv3x3", x, weight.shape[2:], *windows))
     torch.ops.fxfreeze.conv3x3.default(
-        x, weight, bias, scale, shift, prologue or "none", residual, activation or "none", *windows, out
+        x,
+        weight,
+        bias,
+        scale,
+        shift,
+        prologue or "none",
+        checks.broadcast(residual, out),
+        activation or "none",
+        *windows,
+        out,
     )
     return out
 

@@ -27,7 +27,7 @@ def depthwise(
     weight: (C, 1, R, S) for small R and S, of x's dtype, laid out by ``pack``; out: (N, C, ...). Everything else as for
     ``conv1x1``.
     """
-    checks.inference("depthwise", x, weight, bias)
+    checks.inference("depthwise", x, weight, bias, out)
     windows = checks.windows("depthwise", stride, padding, dilation)
     if out is None:
         checks.images("depthwise", 4, x=x)
@@ -69,4 +69,11 @@ def _check(
     checks.vectors(op, x, bias=(bias, x.shape[1]))
     checks.activation(op, activation)
     windows = checks.windows(op, stride, padding, dilation)
-    checks.output(op, out, (x.shape[0], x.shape[1], *checks.size(op, x, weight.shape[2:], *windows)), x=x)
+    checks.output(
+        op,
+        out,
+        (x.shape[0], x.shape[1], *checks.size(op, x, weight.shape[2:], *windows)),
+        x=x,
+        weight=weight,
+        bias=bias,
+    )

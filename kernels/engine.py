@@ -45,7 +45,8 @@ def run(kernel: str, reference: Callable[..., Tensor], out: Tensor, *arguments: 
     if not out.numel():
         return
     if engine(out.device, out.dtype) == "reference":
-        out.copy_(reference(*arguments))
+        with torch.autocast(out.device.type, enabled=False):  # which would multiply in another dtype
+            out.copy_(reference(*arguments))
         return
     launch = importlib.import_module(f"fxfreeze.kernels.gpu.{kernel}").launch
     launch(*arguments, out, configs.choose(kernel, out))

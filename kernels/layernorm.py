@@ -23,7 +23,7 @@ def layernorm(
     x, out: (..., C), last dimension contiguous, C at most 16,384; weight, bias: (C,), floating point. Errors and what
     happens without ``out`` as for ``conv1x1``.
     """
-    checks.inference("layernorm", x, weight, bias)
+    checks.inference("layernorm", x, weight, bias, out)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = checks.rows("layernorm", x=x, out=out)
@@ -44,4 +44,4 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ou
     checks.vectors(op, x, weight=(weight, x.shape[1]), bias=(bias, x.shape[1]))
     if x.shape[1] > MOST_CHANNELS:
         raise ValueError(f"{op}: x has {x.shape[1]} channels, expected at most {MOST_CHANNELS}")
-    checks.output(op, out, x.shape, x=x)
+    checks.output(op, out, x.shape, x=x, weight=weight, bias=bias)

@@ -16,7 +16,7 @@ def linear(
     x: (..., C); weight: (O, C) of x's dtype; bias: (O,); out: (..., O); last dimensions contiguous. Activations, errors
     and what happens without ``out`` as for ``conv1x1``.
     """
-    checks.inference("linear", x, weight, bias)
+    checks.inference("linear", x, weight, bias, out)
     if out is None:
         out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     rows = checks.rows("linear", x=x, out=out)
@@ -37,4 +37,4 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out:
     checks.weight(op, weight, x, (None, x.shape[1]))
     checks.vectors(op, x, bias=(bias, weight.shape[0]))
     checks.activation(op, activation)
-    checks.output(op, out, (x.shape[0], weight.shape[0]), x=x)
+    checks.output(op, out, (x.shape[0], weight.shape[0]), x=x, weight=weight, bias=bias)

@@ -33,7 +33,7 @@ def pointwise(
     image and out (N, C, 1, 1), or None. Everything else as for ``conv1x1``.
     """
     op = "pointwise"
-    checks.inference(op, x, scale, shift)
+    checks.inference(op, x, scale, shift, out)
     window = checks.pair(op, "kernel", kernel)
     steps = checks.pair(op, "stride", window if stride is None else stride)
     padding = checks.pair(op, "padding", padding, least=0)
@@ -83,11 +83,11 @@ def _check(
     checks.activation(op, activation)
     if pool not in POOLS:
         raise ValueError(f"{op}: no pooling {pool!r}; expected None or one of {', '.join(POOLS[1:])}")
-    if pool == "none" and (*kernel, *stride, *padding) != (1, 1, 1, 1, 0, 0):
-        raise ValueError(f"{op}: a kernel, stride or padding without a pooling; pass pool='avg' or 'max'")
+    if pool in ("none", "global") and (*kernel, *stride, *padding) != (1, 1, 1, 1, 0, 0):
+        raise ValueError(f"{op}: a kernel, stride or padding is for pool='avg' or 'max', not for pool={pool!r}")
     if pool in ("avg", "max") and any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"{op}: padding {tuple(padding)} is more than half of the kernel {tuple(kernel)}")
-    checks.output(op, out, (*x.shape[:2], *_size(x, pool, kernel, stride, padding)), x=x)
+    checks.output(op, out, (*x.shape[:2], *_size(x, pool, kernel, stride, padding)), x=x, scale=scale, shift=shift)
 
 
 def _size(

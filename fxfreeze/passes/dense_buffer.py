@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxfreeze.operators import op_of
 from fxfreeze.passes.buffers import allocate, joined, placed
+from fxfreeze.passes.fold_batchnorm import scale_shift
 from fxfreeze.passes.specified import unsuited
 from fxfreeze.rewrite import Outcome, Writes, forget_unread, place
 
@@ -45,15 +46,17 @@ def _concatenations(module: GraphModule) -> tuple[dict[Node, tuple[Node, ...]], 
         op = op_of(node, module)
         if op is None or op.kind != "cat":
             continue
-        if (reason := _check(node, op.arguments, writes)) is not None:
+        if (reason := _check(node, op.arguments, module, writes)) is not None:
             outcomes.append(Outcome("dense_buffer", place(node), False, "left alone", reason))
             continue
         parts[node] = tuple(part for n in op.arguments["tensors"] for part in parts.get(n, (n,)))
     return parts, outcomes
 
 
-def _check(node: Node, arguments: dict[str, object], writes: Writes) -> str | None:
+def _check(node: Node, arguments: dict[str, object], module: GraphModule, writes: Writes) -> str | None:
     images = arguments["tensors"]
+    if arguments.get("out") is not None:
+        return "it writes into a tensor that it is given"
     if not isinstance(images, (list, tuple)) or not all(isinstance(n, Node) for n in images):
         return "the list that it joins is computed at run time"
     if (reason := next(filter(None, map(unsuited, (node, *images))), None)) is not None:
@@ -65,7 +68,35 @@ def _check(node: Node, arguments: dict[str, object], writes: Writes) -> str | No
     for n in (node, *images):
         if (writer := writes.after(n)) is not None:
             return f"{writer.name} writes into {place(n)} after it was made"
+    for n in images:
+        if not (_made_with_fixed(n, module) or _read_with_fixed(n, module)):
+            return f"how many channels {place(n)} has is not fixed by a weight"
     return None
+
+
+# What keeps the channels of its input.
+_KEEPS = ("activation", "identity", "avg_pool", "max_pool", "mean_pool", "add")
+
+
+def _made_with_fixed(node: Node, module: GraphModule) -> bool:
+    """Whether a weight says how many channels ``node`` makes, so that they are as many at any size of the input."""
+    op = op_of(node, module)
+    if op is None:
+        return node.target is scale_shift
+    if op.kind in _KEEPS or op.kind == "cat":
+        return all(_made_with_fixed(n, module) for n in node.all_input_nodes)
+    return op.kind in ("conv", "conv_transpose", "batch_norm")
+
+
+def _read_with_fixed(node: Node, module: GraphModule) -> bool:
+    """Whether a weight says how many channels ``node``, or what it is joined to, must have for who reads it."""
+    for user in node.users:
+        op = op_of(user, module)
+        if user.target is scale_shift or (op is not None and op.kind in ("conv", "batch_norm")):
+            return True
+        if op is not None and (op.kind in _KEEPS or op.kind == "cat") and _read_with_fixed(user, module):
+            return True
+    return False
 
 
 def _blocks(parts: dict[Node, tuple[Node, ...]], outcomes: list[Outcome]) -> list[_Block]:

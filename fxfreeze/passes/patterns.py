@@ -125,6 +125,8 @@ def linear(node: Node, module: GraphModule) -> Match:
     held = weights(op, module)
     if (reason := unsuited(node, None) or _varies(op, held)) is not None:
         return reason
+    if held["weight"] is not None and held["weight"].dim() != 2:
+        return "its weight is a vector"
     return _activated(Fused(kernels.linear, {"x": op.input, **held}, [node]), module)
 
 
@@ -137,6 +139,8 @@ def layernorm(node: Node, module: GraphModule) -> Match:
     if (reason := unsuited(node, None) or _varies(op, held)) is not None:
         return reason
     shape = op.arguments["normalized_shape"]
+    if node.all_input_nodes != [op.input] and any(n.op != "get_attr" for n in node.all_input_nodes[1:]):
+        return "what it normalises over is computed at run time"
     if not isinstance(shape, int) and len(shape) != 1:
         return f"it normalises over {len(shape)} dimensions"
     if (channels := node.meta["value"].shape[-1]) > MOST_CHANNELS:

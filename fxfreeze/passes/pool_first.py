@@ -22,6 +22,8 @@ def pool_first(module: GraphModule) -> list[Outcome]:
         if pool is None or pool.kind not in _POOLS:
             continue
         conv = convolution(pool.input, module)
+        if node.all_input_nodes != [pool.input]:
+            conv = "its window is computed at run time"
         reason = conv if isinstance(conv, str) else _check(node, pool, conv)
         if not isinstance(conv, str) and reason is None:
             _swap(node, pool.input, conv["x"], module)

@@ -43,6 +43,8 @@ def _match(node: Node, add: Op, module: GraphModule, writes: Writes) -> tuple[No
     values = [n.meta["value"] for n in operands]
     if values[0].shape != values[1].shape or values[0].dtype != values[1].dtype:
         return "its operands have two shapes or dtypes"
+    if 1 in values[0].shape[2:]:
+        return "its operands have one row or column, which may be broadcast at another size"
     if add.arguments["alpha"] != 1 or add.arguments["out"] is not None:
         return "it scales what it adds, or writes it elsewhere"
     reasons = []
@@ -60,6 +62,8 @@ def _takes(conv: Node, other: Node, add: Node, module: GraphModule, writes: Writ
     arguments = convolution(conv, module)
     if isinstance(arguments, str):
         return arguments
+    if not _depends_on_input(conv):
+        return f"{place(conv)} computes the same for every batch, and is broadcast"
     if conv is other:
         return f"it adds {place(conv)} to itself"
     if not bare(arguments):
@@ -71,3 +75,14 @@ def _takes(conv: Node, other: Node, add: Node, module: GraphModule, writes: Writ
     if any(written is not conv for written in writes.into(add)):
         return f"it adds into {place(other)}, which others may read"
     return arguments | {"residual": other}
+
+
+def _depends_on_input(node: Node) -> bool:
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return True
+        stack += [n for n in current.all_input_nodes if n not in seen]
+        seen.update(current.all_input_nodes)
+    return False

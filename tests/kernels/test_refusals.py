@@ -1,6 +1,7 @@
 """What the ops refuse: the message names op, value and way out, fake tensors say the same, nothing is written."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from samples import NAMES, Call, images, sample
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfreeze.kernels import conv1x1, pack
+from fxfreeze.kernels import conv1x1, conv3x3, pack, pointwise
 
 _CONVOLUTIONS = ("conv1x1", "conv3x3", "rolling3x3")
 _OF_IMAGES = (*_CONVOLUTIONS, "depthwise", "pointwise", "maximum")
@@ -51,7 +52,7 @@ def _refusals(name: str) -> list[tuple[Change, type[Exception], str]]:
             ({"prologue": "tanh"}, ValueError, "no activation 'tanh'; expected None or one of none, relu, relu6, silu"),
             ({"weight": lambda w: w[:, :5]}, ValueError, ", expected (any, 8, any, any)"),
             ({"weight": lambda w: w.flatten()[:8]}, ValueError, "weight has shape (8,), expected (any, 8, any, any)"),
-            ({"residual": lambda r: r[:1]}, ValueError, "residual has shape (1, "),
+            ({"residual": lambda r: r[..., :2]}, ValueError, "residual has shape (2, "),
             ({"residual": Tensor.contiguous}, ValueError, "pass residual.to(memory_format=torch.channels_last)"),
             ({"bias": lambda b: b[:-1]}, ValueError, "bias has shape ("),
         ]
@@ -103,7 +104,7 @@ _OWN: dict[str, list[tuple[Change, type[Exception], str]]] = {
     ],
     "pointwise": [
         ({"pool": "sum"}, ValueError, "no pooling 'sum'; expected None or one of avg, max, global"),
-        ({"kernel": 2}, ValueError, "a kernel, stride or padding without a pooling; pass pool='avg' or 'max'"),
+        ({"kernel": 2}, ValueError, "a kernel, stride or padding is for pool='avg' or 'max', not for pool='none'"),
     ],
     "maximum": [
         ({"padding": 2}, ValueError, "padding (2, 2) is more than half of the kernel (3, 3)"),
@@ -246,3 +247,42 @@ def test_a_view_anew_of_the_output_may_be_the_residual() -> None:
     buffer, x, weight = images(2, 20, 5, 4), images(2, 8, 5, 4), pack(torch.randn(8, 8, 1, 1))
     expected = conv1x1(x, weight, residual=buffer[:, 4:12].clone())
     torch.testing.assert_close(conv1x1(x, weight, residual=buffer[:, 4:12], out=buffer[:, 4:12]), expected)
+
+
+@pytest.mark.parametrize("op", [conv1x1, lambda x, w, **rest: conv3x3(x, w, padding=0, **rest)])
+def test_a_residual_is_broadcast(op: Callable[..., Tensor]) -> None:
+    x, weight = images(3, 8, 4, 4), pack(torch.randn(12, 8, 1, 1))
+    residual = images(1, 12, 1, 4)
+    torch.testing.assert_close(op(x, weight, residual=residual), op(x, weight) + residual)
+
+
+def test_memory_that_no_other_element_may_share() -> None:
+    """A scale or a bias that out is written over, and rows of out that overlap though no stride is 0."""
+    buffer = torch.randn(64)
+    x, out = images(1, 8, 2, 2), buffer[:32].view(1, 2, 2, 8).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match="pointwise: out overlaps scale in memory"):
+        pointwise(x, scale=buffer[8:16], out=out)
+    with pytest.raises(ValueError, match="pointwise: elements of out share memory"):
+        pointwise(images(2, 8, 2, 2), out=buffer.as_strided((2, 8, 2, 2), (16, 1, 8, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by what torch.func.jvp imports of torch
+def test_no_derivative_of_any_kind() -> None:
+    x = images(2, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="pointwise has no forward-mode derivative"):
+        torch.func.jvp(lambda t: pointwise(t, activation="relu"), (x,), (torch.ones_like(x),))
+    with pytest.raises(RuntimeError, match="pointwise has no backward, and an input or out requires a gradient"):
+        pointwise(x, out=torch.empty_like(x).requires_grad_())
+
+
+@pytest.mark.parametrize("shape", [(4, 8, 0, 3), (0, 8, 3, 3), (4, 0, 3, 3)])
+def test_a_weight_without_elements(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"conv3x3: weight has shape .*, (and so no elements|expected)"):
+        conv3x3(images(2, 8, 5, 5), torch.empty(shape))
+
+
+def test_autocast_does_not_reach_the_reference() -> None:
+    x, weight = images(2, 8, 5, 5), pack(torch.randn(4, 8, 3, 3))
+    expected = conv3x3(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(conv3x3(x, weight), expected)

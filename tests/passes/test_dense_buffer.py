@@ -53,7 +53,7 @@ def test_a_skip_and_an_intermediate_result() -> None:
     def run(net: Any, x: Tensor) -> tuple[Tensor, ...]:
         skip, up = net.conv8(x), x.sin()
         both = torch.cat([skip, up], 1)
-        return net.conv11(both), skip, torch.cat([both, up.cos()], 1)
+        return net.conv11(both), skip, torch.cat([both, net.conv8(up)], 1)
 
     segment = passed([dense_buffer], run, **layers())
     assert calls(segment)["cat"] == 0
@@ -69,12 +69,26 @@ def test_a_boundary_out_of_a_buffer_is_memory_of_its_own() -> None:
     assert first.untyped_storage().data_ptr() != again.untyped_storage().data_ptr()
 
 
+def test_a_slice_of_one_pixel_is_memory_of_its_own() -> None:
+    """Of one image of one pixel a slice of the buffer is packed as it is, and must be copied all the same."""
+
+    def run(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = net.conv8(x)
+        return y, torch.cat([x, y], 1)
+
+    segment = passed([dense_buffer], run, torch.randn(1, 8, 1, 1), **layers())
+    part, whole = segment(torch.randn(1, 8, 1, 1))
+    before = whole.clone()
+    part.add_(100)
+    assert torch.equal(whole, before)
+
+
 MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "rows": (lambda net, x: torch.cat([x, x.sin()], 2), "it joins dimension 2, not the channels"),
     "signals": (lambda net, x: torch.cat([x[0], x[0].sin()], 1), "has 3 dimensions, not 4"),
-    "twice the same": (lambda net, x: torch.cat([x, x], 1), "has another place already"),
+    "twice the same": (lambda net, x: torch.cat([y := net.conv8(x), y], 1), "has another place already"),
     "two orders": (
-        lambda net, x: (y := x.sin(), torch.cat([x, y], 1), torch.cat([y, x], 1))[1:],
+        lambda net, x: (y := net.conv8(x), torch.cat([x, y], 1), torch.cat([y, x], 1))[1:],
         "has another place already",
     ),
     "two dtypes": (lambda net, x: torch.cat([x, x.double().sin()], 1), "cat is float64"),
@@ -87,6 +101,14 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         lambda net, x: torch.cat([x, x.sin()], 1).relu_(),
         "relu_ writes into cat after it was made",
     ),
+    "no channels": (
+        lambda net, x: (y := net.conv8(x).permute(0, 2, 3, 1), torch.cat([y, y.flip(1)], 1))[1],
+        "how many channels permute has is not fixed by a weight",
+    ),
+    "into a tensor": (
+        lambda net, x: (y := x.new_empty(3, 16, 6, 6), torch.cat([x, x.sin()], 1, out=y), y + 0)[-1],
+        "it writes into a tensor that it is given",
+    ),
     "a list of chunks": (lambda net, x: torch.cat(x.chunk(2, 1), 1), "the list that it joins is computed at run time"),
 }
 
@@ -94,7 +116,7 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("name", MISSES)
 def test_left_alone(name: str) -> None:
     run, why = MISSES[name]
-    segment = passed([dense_buffer], run)
+    segment = passed([dense_buffer], run, **layers())
     assert why in "; ".join(reasons(segment, "dense_buffer"))
     assert calls(segment)["cat"] >= 1
 
@@ -103,10 +125,10 @@ def test_the_longest_of_two_families_wins() -> None:
     """An image lies in one buffer; the other concatenation still joins what lies there with a copy."""
 
     def run(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, z = x.sin(), x.cos()
+        y, z = net.conv8(x), net.conv8(x.cos())
         return torch.cat([x, y, z], 1), torch.cat([z, x], 1)
 
-    segment = passed([dense_buffer], run)
+    segment = passed([dense_buffer], run, **layers())
     assert len(done(segment, "dense_buffer")) == 1
     assert calls(segment)["cat"] == 1
 

@@ -68,6 +68,11 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, nn.Module], str]] = {
         {"conv": nn.Conv2d(8, 4, 1)},
         "relu is no convolution",
     ),
+    "a window from the shape": (
+        lambda net, x: (y := net.conv(x), F.avg_pool2d(y, y.shape[-1] // 2))[1],
+        {"conv": nn.Conv2d(8, 4, 1)},
+        "its window is computed at run time",
+    ),
     "two users": (
         lambda net, x: (y := net.conv(x), F.avg_pool2d(y, 2), y.sin())[1:],
         {"conv": nn.Conv2d(8, 4, 1)},

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from passing import calls, done, passed, reasons
 from torch import nn
 
+from fxfreeze.passes import PASSES
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm
 from fxfreeze.passes.residual import residual
 
@@ -71,6 +72,10 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "to itself": (lambda net, x: (y := net.conv(x)) + y, "it adds conv to itself"),
     "groups": (lambda net, x: net.grouped(x) + x, "grouped has 2 groups"),
     "another padding": (lambda net, x: net.reflected(x) + x, "reflected pads with reflect"),
+    "one pixel": (
+        lambda net, x: net.conv(x[:, :, :1, :1]) + x.mean((2, 3), keepdim=True),
+        "its operands have one row or column",
+    ),
     "the input written meanwhile": (
         lambda net, x: (z := x.sin(), y := net.conv(z), z.mul_(2), y + z)[-1],
         "mul_ writes into the input of conv before the addition",
@@ -80,6 +85,18 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "it adds into sin, which others may read",
     ),
 }
+
+
+def test_a_residual_that_is_broadcast() -> None:
+    """Built on one sample, a position embedding looks like an addition of equals."""
+    one, position = torch.randn(1, 8, 6, 6), nn.Module()
+    position.at = nn.Parameter(torch.randn(1, 8, 6, 6))
+    segment = passed(
+        PASSES["triton"], lambda net, x: net.conv(x) + net.position.at, one, conv=conv(), position=position
+    )
+    assert len(done(segment, "residual")) == 1
+    x = torch.randn(5, 8, 6, 6)
+    assert torch.allclose(segment(x)[0], segment.plain(x)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MISSES)
