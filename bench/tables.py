@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench" / "results" / "kernels.json"
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
 DTYPE = "bf16"
+LEGEND = """A tile's pixels x output channels x input channels (of a kernel without a sum, x channels), its warps, the
+registers of a thread, the shared memory of a block. FLOPs / byte: of DRAM, each tensor read or written once."""
 
 Record = dict[str, Any]
 
@@ -35,7 +37,7 @@ def renewed(text: str, records: Sequence[Record]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A row for each kernel and shape class; in each architecture's column tile, warps, registers and shared memory."""
+    """A row for each kernel and shape class, a column for each architecture, and what the cells mean."""
     shown = [record for record in records if record["choice"] and record["dtype"] == DTYPE]
     archs = list(dict.fromkeys(record["arch"] for record in shown))
     classes: dict[tuple[str, int | None], dict[str, Record]] = {}
@@ -47,7 +49,8 @@ def table(records: Sequence[Record]) -> str:
         + [_cell(by_arch[arch]) for arch in archs]
         for (kernel, most), by_arch in classes.items()
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join([*lines, "", LEGEND])
 
 
 def _head(arch: str, records: Sequence[Record]) -> str:
@@ -57,7 +60,7 @@ def _head(arch: str, records: Sequence[Record]) -> str:
 
 def _cell(record: Record) -> str:
     tile, warps, *_ = record["config"].split(", ")
-    return f"{tile}, {warps}, {record['registers']} registers, {record['shared'] / 1024:.0f} KiB"
+    return f"{tile} w{warps.split()[0]}, {record['registers']}, {record['shared'] / 1024:.0f} KiB"
 
 
 if __name__ == "__main__":

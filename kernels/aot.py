@@ -20,7 +20,7 @@ from fxfreeze.kernels.configs import Config
 from fxfreeze.kernels.gpu import conv1x1, conv3x3, depthwise, layernorm, pointwise, rolling3x3
 from fxfreeze.kernels.machine_code import MachineCode
 
-__all__ = ["FORMS", "Variant", "compiled", "look"]
+__all__ = ["FORMS", "NARROW_FORMS", "Variant", "compiled", "look"]
 
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 _POINTERS = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32", "tf32": "*fp32"}
@@ -72,6 +72,14 @@ FORMS: dict[str, dict[str, Form]] = {
         "global": _form("scale shift", ACT="relu", POOL="global"),
     },
     "layernorm": {"bare": _form(), "full": _form("weight bias")},
+}
+# Those that networks ask for whose channels are multiples of 4 only: DenseNets of growth 12. Where another form is asked
+# for so, half as wide loads need twice the addresses, and the larger tiles spill some.
+NARROW_FORMS: dict[str, tuple[str, ...]] = {
+    "conv1x1": ("bare", "prologue"),
+    "linear": ("bare", "gelu"),
+    "rolling3x3": ("bare", "prologue", "full"),
+    "pointwise": ("bare", "affine", "average", "global"),
 }
 _FUNCTIONS = {
     "conv1x1": conv1x1.conv1x1_kernel,

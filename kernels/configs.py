@@ -24,6 +24,7 @@ __all__ = [
     "candidates",
     "choose",
     "dtype_name",
+    "exceptions",
 ]
 
 
@@ -49,7 +50,9 @@ class Config:
 
 @dataclass(frozen=True)
 class CompilerException:
-    """A tile that stands in for the table's under one version of triton; what: that version makes of the table's."""
+    """A tile that stands in for the table's under one version of triton; what: that version makes of the table's; spills:
+    bytes that the stand-in spills all the same, where no tile was found that does not.
+    """
 
     triton: str
     arch: int
@@ -58,6 +61,7 @@ class CompilerException:
     most: int
     config: Config
     what: str
+    spills: int = 0
 
     def __str__(self) -> str:
         where = f"triton {self.triton}, sm_{self.arch}, {self.kernel}, {self.bits} bit, up to {self.most} outputs"
@@ -141,12 +145,12 @@ _ROLLING3X3_16: Rows = {
 _CONV1X1_32: Rows = {
     16: (_tile(64, 16, 32, 4),),  # exact products hold both operands in registers, and spill on larger tiles
     32: (_tile(64, 32, 32, 8),),
-    ALL: (_tile(64, 64, 16, 8),),
+    ALL: (_tile(64, 64, 16, 4),),
 }
 _CONV3X3_32: Rows = {
-    16: (_tile(128, 16, 32, 4),),
-    32: (_tile(128, 32, 32, 8),),
-    ALL: (_tile(128, 64, 32, 8),),
+    16: (_tile(64, 16, 32, 4),),
+    32: (_tile(64, 32, 32, 8),),
+    ALL: (_tile(64, 64, 16, 8),),
 }
 _ROLLING3X3_32: dict[int, Rows] = {
     **_everywhere({16: (_tile(128, 16, 16, 8, rows=4),), 32: (_tile(64, 32, 16, 8, rows=4),)}),
@@ -154,13 +158,13 @@ _ROLLING3X3_32: dict[int, Rows] = {
     100: {16: (_tile(64, 16, 16, 8, rows=4),), 32: (_tile(64, 32, 16, 8, stages=2, rows=4),)},
 }
 # Bound by memory: 128 bytes of channels side by side, and enough pixels for 16 bytes a thread and load.
-_DEPTHWISE: Rows = {  # with twice the pixels a thread, a 5x5 of fp32 spills
-    32: (Config(32, channels=32),),
-    ALL: (Config(16, channels=64), Config(32, channels=64, warps=8)),
+_DEPTHWISE: Rows = {  # with twice the pixels a thread, a 5x5 of fp32 spills; with 4 warps, ptxas saves on registers
+    32: (Config(64, channels=32, warps=8),),
+    ALL: (Config(32, channels=64, warps=8), Config(16, channels=128, warps=8)),
 }
 _POINTWISE: Rows = {
-    32: (Config(64, channels=32),),
-    ALL: (Config(32, channels=64), Config(64, channels=64)),
+    32: (Config(64, channels=32, warps=8),),
+    ALL: (Config(32, channels=64, warps=8), Config(64, channels=64, warps=8)),
 }
 _LAYERNORM: Rows = {  # a row stands in registers
     256: (Config(8, channels=256),),
@@ -193,6 +197,15 @@ EXCEPTIONS = (
     CompilerException(
         *("3.6.0", 100, "conv3x3", 16, 32), _tile(128, 32, 64, 4), "128x32x64 with 8 warps spills under a prologue"
     ),
+    CompilerException(
+        *("3.6.0", 100, "conv1x1", 16, ALL), _tile(64, 128, 64, 4), "128x128x64 with 8 warps spills under a prologue"
+    ),
+    CompilerException(
+        *("3.6.0", 100, "rolling3x3", 32, 32),
+        _tile(64, 32, 16, 8, stages=2, rows=4),
+        "exact products of fp32 spill on every tile tried, on this one least",
+        spills=40,
+    ),
 )
 
 
@@ -214,14 +227,18 @@ def _choose(kernel: str, device: torch.device, dtype: str, outputs: int) -> Conf
 
 def candidates(kernel: str, arch: int, dtype: str, triton: str | None = None) -> Rows:
     """The tiles of a kernel by the most output channels that they serve, the choice first; triton: None for that here."""
-    bits = 16 if dtype in ("fp16", "bf16") else 32
-    rows = dict(TABLES[kernel, bits][arch])
-    for exception in EXCEPTIONS:
-        if (exception.kernel, exception.arch, exception.bits) == (kernel, arch, bits) and (
-            exception.triton == (triton or measured.triton_version())
-        ):
-            rows[exception.most] = (exception.config,)
-    return rows
+    stand_ins = {exception.most: (exception.config,) for exception in exceptions(kernel, arch, dtype, triton)}
+    return {**TABLES[kernel, _bits(dtype)][arch], **stand_ins}
+
+
+def exceptions(kernel: str, arch: int, dtype: str, triton: str | None = None) -> list[CompilerException]:
+    """Those of a version of triton; None: the one here."""
+    mine = [e for e in EXCEPTIONS if (e.kernel, e.arch, e.bits) == (kernel, arch, _bits(dtype))]
+    return [e for e in mine if e.triton == (triton or measured.triton_version())]
+
+
+def _bits(dtype: str) -> int:
+    return 16 if dtype in ("fp16", "bf16") else 32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

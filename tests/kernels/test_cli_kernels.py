@@ -127,7 +127,7 @@ def test_the_table_tells_the_same(read: Callable[..., None], capsys: pytest.Capt
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:5] == ["sm_90", "conv3x3", "any", "128x128x64, 8 warps, 3 stages", "fp16, bf16"]
     assert cells[5:9] == ["100", "2.0 kB", "HGMMA", "128 bits"]
-    assert all(len(line) <= 140 for line in lines)
+    assert all(len(line) <= 140 for line in lines if line.startswith("│"))
 
 
 @needs_triton
