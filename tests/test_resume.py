@@ -1,7 +1,6 @@
 """Stopping at any step and going on from the saved states is, bit for bit on CPU, not having stopped."""
 
 import contextlib
-import functools
 import io
 import itertools
 from typing import Any
@@ -12,7 +11,7 @@ from cases import CASES
 from families import FAMILIES
 from nets import settle
 from reference import ADAM, SGD, STEPS, Run
-from test_trajectory import bf16, parts_kept_whole
+from test_trajectory import bf16, lstm_in_bf16, parts_kept_whole
 from torch import Tensor
 
 # convolutions folded, scaled and shifted, a shape-bound trace, dropout, tuples that cross, a part kept whole
@@ -42,18 +41,6 @@ def resumed(run: Run, file: bytes) -> None:
     run.optimizer.load_state_dict(states["optimizer"])
     run.scheduler.load_state_dict(states["scheduler"])
     torch.set_rng_state(states["random"])
-
-
-@functools.cache
-def lstm_in_bf16() -> bool:
-    try:
-        with bf16():
-            torch.nn.LSTM(2, 2)(torch.randn(1, 1, 2))
-    except RuntimeError as error:
-        if "could not create a primitive descriptor" in str(error):
-            return False
-        raise
-    return True
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, bf16], ids=["fp32", "bf16"])
