@@ -5,15 +5,12 @@ x, residual, y: (N, C, H, W), channels contiguous, other strides free; one dtype
 of that dtype, C contiguous. Sums in fp32; the prologue's result is rounded to x's dtype for the tensor cores.
 """
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fxfreeze.kernels.configs import Config
 from fxfreeze.kernels.gpu.blocks import accumulate, affine, finished
-from fxfreeze.kernels.gpu.operands import flat, image, precision, unit
+from fxfreeze.kernels.gpu.convolution import Convolution, launcher
+from fxfreeze.kernels.gpu.operands import flat
 
 _SIZES = (
     "o_x o_r o_y P H W C O s_xn s_xh s_xw s_w s_rn s_rh s_rw s_yn s_yh s_yw".split()  # never worth a compilation
@@ -56,32 +53,15 @@ def conv1x1_kernel(
     tl.store(y + ((o_yp + o_y) * VO)[:, None] + o_o[None, :], b_y.to(y.dtype.element_ty), mask=m)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    prologue: str,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Tensor,
-    config: Config,
-) -> None:
+@launcher
+def launch(call: Convolution) -> None:
     """One program a block of ``config.pixels`` output pixels and ``config.outputs`` output channels; no padding."""
-    n, o, h, w = out.shape
-    pixels = n * h * w
-    u_c, u_o = unit(x, pitch=weight.stride(0)), unit(out, residual)
-    i_x, i_r, i_y = image(x, u_c), image(residual, u_o), image(out, u_o)
-    grid = (triton.cdiv(pixels, config.pixels) * triton.cdiv(o, config.outputs),)
+    n, o, h, w = call.out.shape
+    pixels, (s_n, s_h, s_w) = n * h * w, call.s_x
+    is_flat = tuple(call.stride) == (1, 1) and flat(call.x, call.residual, call.out)
+    grid = (triton.cdiv(pixels, call.config.pixels) * triton.cdiv(o, call.config.outputs),)
     conv1x1_kernel[grid](
-        i_x.base, weight, bias, scale, shift, i_r.base, i_y.base,
-        i_x.start, i_r.start, i_y.start, pixels, h, w, x.shape[1] // u_c, o // u_o,
-        i_x.n, i_x.h * stride[0], i_x.w * stride[1], weight.stride(0) // u_c, i_r.n, i_r.h, i_r.w, i_y.n, i_y.h, i_y.w,
-        PRO=prologue, ACT=activation, FLAT=tuple(stride) == (1, 1) and flat(x, residual, out), PRECISION=precision(x.dtype),
-        VC=u_c, VO=u_o, BP=config.pixels, BO=config.outputs, BC=config.channels,
-        num_warps=config.warps, num_stages=config.stages,
+        *call.tensors, *call.starts, pixels, h, w, *call.channels,
+        s_n, s_h * call.stride[0], s_w * call.stride[1], call.s_w[0], *call.s_r, *call.s_y,
+        FLAT=is_flat, **call.constants,
     )  # fmt: skip

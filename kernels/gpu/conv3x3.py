@@ -7,16 +7,11 @@ of that dtype, channels_last. Sums in fp32; z is rounded to x's dtype for the te
 through the L2 cache.
 """
 
-import math
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fxfreeze.kernels.configs import Config
 from fxfreeze.kernels.gpu.blocks import accumulate, affine, finished
-from fxfreeze.kernels.gpu.operands import image, precision, unit
+from fxfreeze.kernels.gpu.convolution import Convolution, launcher
 
 _SIZES = (
     "o_x o_r o_y P HY WY H W C O SH SW PH PW DH DW s_xn s_xh s_xw s_wo s_wr s_ws s_rn s_rh s_rw s_yn s_yh s_yw".split()
@@ -61,34 +56,13 @@ def conv3x3_kernel(
     tl.store(y + ((o_yp + o_y) * VO)[:, None] + o_o[None, :], b_y.to(y.dtype.element_ty), mask=m)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    prologue: str,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Tensor,
-    config: Config,
-) -> None:
+@launcher
+def launch(call: Convolution) -> None:
     """One program a block of ``config.pixels`` output pixels and ``config.outputs`` output channels."""
-    n, o, h, w = out.shape
-    pixels = n * h * w
-    s_wo, _, s_wr, s_ws = weight.stride()
-    u_c, u_o = unit(x, pitch=math.gcd(s_wo, s_wr, s_ws)), unit(out, residual)
-    i_x, i_r, i_y = image(x, u_c), image(residual, u_o), image(out, u_o)
-    grid = (triton.cdiv(pixels, config.pixels) * triton.cdiv(o, config.outputs),)
+    n, o, h, w = call.out.shape
+    grid = (triton.cdiv(n * h * w, call.config.pixels) * triton.cdiv(o, call.config.outputs),)
     conv3x3_kernel[grid](
-        i_x.base, weight, bias, scale, shift, i_r.base, i_y.base,
-        i_x.start, i_r.start, i_y.start, pixels, h, w, *x.shape[2:], x.shape[1] // u_c, o // u_o,
-        *stride, *padding, *dilation, i_x.n, i_x.h, i_x.w, s_wo // u_c, s_wr // u_c, s_ws // u_c,
-        i_r.n, i_r.h, i_r.w, i_y.n, i_y.h, i_y.w,
-        KH=weight.shape[2], KW=weight.shape[3], PRO=prologue, ACT=activation, PRECISION=precision(x.dtype),
-        VC=u_c, VO=u_o, BP=config.pixels, BO=config.outputs, BC=config.channels,
-        num_warps=config.warps, num_stages=config.stages,
+        *call.tensors, *call.starts, n * h * w, h, w, *call.x.shape[2:], *call.channels,
+        *call.stride, *call.padding, *call.dilation, *call.s_x, *call.s_w, *call.s_r, *call.s_y,
+        KH=call.weight.shape[2], KW=call.weight.shape[3], **call.constants,
     )  # fmt: skip

@@ -12,5 +12,5 @@ from fxfreeze.kernels.gpu import conv1x1
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor, config: Config) -> None:
     """See ``conv1x1``."""
     one, none = (1, 1), (0, 0)
-    image, out_image = x[:, :, None, None], out[:, :, None, None]
-    conv1x1.launch(image, weight, bias, None, None, "none", None, activation, one, none, one, out_image, config)
+    x, weight, out = (t[:, :, None, None] for t in (x, weight, out))
+    conv1x1.launch(x, weight, bias, None, None, "none", None, activation, one, none, one, out, config)

@@ -7,16 +7,11 @@ taps side by side as columns, gives that row's share of the output rows above, a
 what rows are not yet complete. x is read 3 (T + 2) / T times for strips of T rows.
 """
 
-import math
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fxfreeze.kernels.configs import Config
 from fxfreeze.kernels.gpu.blocks import accumulate, affine, finished
-from fxfreeze.kernels.gpu.operands import image, precision, unit
+from fxfreeze.kernels.gpu.convolution import Convolution, launcher
 
 MOST_OUTPUTS = 32
 
@@ -74,32 +69,12 @@ def rolling3x3_kernel(
         b_here = b_top
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    prologue: str,
-    residual: Tensor | None,
-    activation: str,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Tensor,
-    config: Config,
-) -> None:
+@launcher
+def launch(call: Convolution) -> None:
     """One program a block of ``config.pixels`` (image, column) pairs and a strip of ``config.rows`` rows; all windows 1."""
-    n, o, h, w = out.shape
-    s_wo, _, s_wr, s_ws = weight.stride()
-    u_c, u_o = unit(x, pitch=math.gcd(s_wo, s_wr, s_ws)), unit(out, residual)
-    i_x, i_r, i_y = image(x, u_c), image(residual, u_o), image(out, u_o)
-    grid = (triton.cdiv(n * w, config.pixels) * triton.cdiv(h, config.rows),)
+    n, _, h, w = call.out.shape
+    grid = (triton.cdiv(n * w, call.config.pixels) * triton.cdiv(h, call.config.rows),)
     rolling3x3_kernel[grid](
-        i_x.base, weight, bias, scale, shift, i_r.base, i_y.base,
-        i_x.start, i_r.start, i_y.start, n * w, config.rows, h, w, x.shape[1] // u_c, o // u_o,
-        i_x.n, i_x.h, i_x.w, s_wo // u_c, s_wr // u_c, s_ws // u_c, i_r.n, i_r.h, i_r.w, i_y.n, i_y.h, i_y.w,
-        PRO=prologue, ACT=activation, PRECISION=precision(x.dtype),
-        VC=u_c, VO=u_o, BP=config.pixels, BO=config.outputs, BC=config.channels,
-        num_warps=config.warps, num_stages=config.stages,
+        *call.tensors, *call.starts, n * w, call.config.rows, h, w, *call.channels,
+        *call.s_x, *call.s_w, *call.s_r, *call.s_y, **call.constants,
     )  # fmt: skip
