@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["AttributeReads", "Read", "Settings", "changed"]
+__all__ = ["INTERNAL", "AttributeReads", "Read", "Settings", "changed"]
 
 _ABSENT = object()
 _PLAIN = (type(None), bool, int, float, complex, str)
 _UNINTERESTING = (frozenset(vars(nn.Module())) | frozenset(dir(nn.Module))) - {"forward"}
 _REGISTERS = ("_parameters", "_buffers", "_modules")
-_INTERNAL = frozenset(vars(nn.Module()))
+INTERNAL = frozenset(vars(nn.Module()))  # what every module has of torch's
 _DEPTH = 3
 
 
@@ -98,7 +98,7 @@ class Settings:
         self._values = self._present()
 
     def changed(self) -> Read | None:
-        """The first setting that is another. Of a hundred layers in some 30 us, if none is."""
+        """The first setting that is another; quick if none is."""
         try:  # Dynamo can't follow the fast way
             if not torch.compiler.is_compiling() and self._present() == self._values:
                 return None
@@ -144,7 +144,7 @@ def _snapshot(value: Any, objects: dict[int, _Object], depth: int = _DEPTH) -> A
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    if name in _INTERNAL:
+    if name in INTERNAL:
         return False
     return (
         isinstance(value, _PLAIN)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxfreeze.model import compile
+from fxfreeze.rewrite import called
 from fxfreeze.runtime import Segment
 from fxfreeze.schedule import Schedule
 
@@ -43,13 +44,7 @@ def graph_text(module: GraphModule) -> Iterator[str]:
     """A line for each node: what it computes, from what, and the shape of the result where it is known."""
     for node in module.graph.nodes:
         if node.op not in ("placeholder", "get_attr"):
-            yield f"  {node.name} = {_called(node, module)}({', '.join(_arguments(node))}){_shape(node)}"
-
-
-def _called(node: Node, module: GraphModule) -> str:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__name__
-    return str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target))
+            yield f"  {node.name} = {called(node, module)}({', '.join(_arguments(node))}){_shape(node)}"
 
 
 def _arguments(node: Node) -> Iterator[str]:

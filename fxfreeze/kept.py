@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.proxy import Proxy
 
+from fxfreeze.attributes import INTERNAL
+
 __all__ = ["ModuleState", "held", "holders"]
 
 _DEPTH = 3  # how far from a module: a dict of lists in an object is the farthest kept
 _MANY = 1000  # elements: of a container that has more, the elements are kept, not what they hold
 _DICTIONARIES = ("_parameters", "_buffers", "_modules")
-_INTERNAL = frozenset(vars(nn.Module()))
 _BUILT_IN = frozenset([dict, OrderedDict, list, set, deque])
 _PYTHONS = (NoneType, bool, int, float, complex, str, bytes, type, FunctionType)
 _ATOMS = frozenset([*_PYTHONS, Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device])
@@ -42,7 +43,7 @@ class ModuleState:
             self._dictionaries.append((name, own, dict(own)))
             self._empty.append((name, own, [v for v in own.values() if type(v) in _BUILT_IN and not v]))
             for key, value in own.items():
-                if key in _INTERNAL and type(value) in _BUILT_IN and value:
+                if key in INTERNAL and type(value) in _BUILT_IN and value:
                     if key in _DICTIONARIES:
                         self._dictionaries.append((name, value, dict(value)))
                     else:
@@ -97,7 +98,7 @@ def held(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
     for name, module in modules:
         for key, value in vars(module).items():
             kind = type(value)
-            if kind in _ATOMS or key in _INTERNAL or (kind in _BUILT_IN and not value):
+            if kind in _ATOMS or key in INTERNAL or (kind in _BUILT_IN and not value):
                 continue
             if kind is not tuple or not _ATOMS.issuperset(map(type, value)):
                 yield from _within(_join(name, key), value, nearest)

@@ -173,9 +173,11 @@ class FreezeScheduler:
 
     def _count_unstepped(self) -> None:
         self._unstepped += 1
+        if self._unstepped != _IDLE:
+            return
         steps = getattr(self.model.schedule, "freeze_steps", None)  # a schedule of the user's own may have none
         ahead = [] if steps is None else steps(self.model.units)
-        if self._unstepped == _IDLE and any(at is not None and at > self.last_step for at in ahead):
+        if any(at is not None and at > self.last_step for at in ahead):
             warnings.warn(
                 f"the optimizer has taken {_IDLE} steps, and FreezeScheduler.step() was never called: nothing freezes, and no "
                 "learning rate changes; call it once after each optimizer.step()",

@@ -19,6 +19,7 @@ __all__ = [
     "Pass",
     "PassError",
     "Writes",
+    "called",
     "constant",
     "emit",
     "forget",
@@ -215,11 +216,11 @@ def views_may_copy(module: GraphModule) -> bool:
     That is where something writes through a view, where one reads the same bytes as another dtype, and where random
     numbers are drawn, in the order in which they lie in memory.
     """
-    nodes = [n for n in module.graph.nodes if _called(n, module) in _VIEWS]
+    nodes = [n for n in module.graph.nodes if called(n, module) in _VIEWS]
     views = [n for n in nodes if n.op == "call_method" and n.target in ("view", "view_as")]
     if any(isinstance(argument, torch.dtype) for n in views for argument in n.args):
         return False
-    if any(_called(n, module).startswith("as_strided") for n in module.graph.nodes):
+    if any(called(n, module).startswith("as_strided") for n in module.graph.nodes):
         return False
     memory = Memory(module.graph, module.get_submodule)
     written = {memory.class_of(w) for does in memory.effects.values() for w in does.writes}
@@ -230,6 +231,6 @@ def views_may_copy(module: GraphModule) -> bool:
     return True
 
 
-def _called(node: Node, module: GraphModule) -> str:
+def called(node: Node, module: GraphModule) -> str:
     """The name of what a node calls: a function's, a method's, or a module's class."""
     return type(module.get_submodule(str(node.target))).__name__ if node.op == "call_module" else name_of(node)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -14,7 +13,7 @@ from fxfreeze.cache.fetch import collated
 from fxfreeze.cache.forms import BatchForm, Inputs
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.views import Views
-from fxfreeze.rows import take
+from fxfreeze.rows import repeated
 
 __all__ = ["KnownData"]
 
@@ -100,7 +99,7 @@ class KnownData:
         """Inputs like those of a batch of ``size``, in the memory of the largest batch that was asked for."""
         held = len(self._examples[0])
         if size > held:
-            self._examples = [take(example, torch.arange(size) % held) for example in self._examples]
+            self._examples = [*repeated(self._examples, size)]
         return [example[:size] for example in self._examples]
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
+from fxfreeze.attributes import INTERNAL
 from fxfreeze.cache.code import code_digest, is_torchs, named
 from fxfreeze.cache.contents import ContentsError, checksum, dense
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.memory import tensor_bytes
 from fxfreeze.cache.numerics import numerics
-from fxfreeze.cache.outside import INTERNAL
 from fxfreeze.chain import Chain
 from fxfreeze.derived import frozen_tensors
 from fxfreeze.layouts import order_of

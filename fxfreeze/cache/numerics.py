@@ -31,7 +31,7 @@ _BY_DEVICE: dict[str, dict[str, Any]] = {"cpu": _EVERYWHERE | _CPU, "cuda": _EVE
 
 
 def switches(device: str) -> tuple[Any, ...]:
-    """Those that count on a kind of device, in a few microseconds. The number of threads is none of them."""
+    """Those that count on a kind of device. The number of threads is none of them."""
     return tuple([read() for read in _BY_DEVICE.get(device, _EVERYWHERE).values()])
 
 

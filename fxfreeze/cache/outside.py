@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxfreeze.attributes import INTERNAL
 from fxfreeze.cache.code import is_torchs
 from fxfreeze.cache.contents import ContentsError, checksum
 
-__all__ = ["INTERNAL", "Outside"]
+__all__ = ["Outside"]
 
-INTERNAL = frozenset([*vars(nn.Module()), "training"])
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -32,7 +32,7 @@ class Outside:
         self._classes = [(base, [key for key, v in vars(base).items() if isinstance(v, _PLAIN)]) for base in classes]
 
     def signs(self) -> tuple[Any, ...]:
-        """Equal as long as nothing of it has changed. A fraction of a microsecond each."""
+        """Equal as long as nothing of it has changed. Asked for at each step, so nothing is read that a glance can spare."""
         tensors = [_sign(read(self._plain)) for read in self._read]
         own = [_sign(value) for part in self._own for key, value in vars(part).items() if key not in INTERNAL]
         return tensors, own, [vars(base).get(key) for base, names in self._classes for key in names if key != "__doc__"]

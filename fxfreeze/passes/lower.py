@@ -62,7 +62,7 @@ def _checked(found: Fused, writes: Writes) -> Fused | str:
     first, last = found.chain[0], found.chain[-1]
     if written := writes.into(first):
         return f"it writes into {place(written[0])}, which others may read"
-    if (writer := writes.between(found.arguments.values(), first, last)) is not None and writer not in found.chain:
+    if (writer := writes.between(found.arguments.values(), first, last)) is not None:
         return f"{writer.name} writes into its input before {place(last)}"
     if first.meta["value"].dtype != last.meta["value"].dtype:
         return f"{place(last)} computes in another dtype"

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from frozen import plain_graph, settle
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
-from fxfreeze.rewrite import Outcome, Pass
+from fxfreeze.rewrite import Outcome, Pass, called
 from fxfreeze.runtime import Computation, Segment, build
 
 
@@ -66,10 +65,7 @@ def done(segment: Segment, name: str) -> list[Outcome]:
 def calls(segment: Segment) -> Counter[str]:
     """How often each function, method or type of module is called by the rewritten graph."""
     assert segment.rewritten is not None
-    return Counter(_name(node.op, node.target, segment.rewritten) for node in segment.rewritten.graph.nodes)
-
-
-def _name(op: str, target: Any, graph: GraphModule) -> str:
-    if op == "call_module":
-        return type(graph.get_submodule(target)).__name__
-    return str(getattr(target, "__name__", target)) if op.startswith("call") else op
+    return Counter(
+        called(node, segment.rewritten) if node.op.startswith("call") else node.op
+        for node in segment.rewritten.graph.nodes
+    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
+from fxfreeze.runtime import BOUNDS, relative_error
 
 TRITON = PASSES["triton"]
 
@@ -65,8 +66,8 @@ def test_lowered(name: str, dtype: torch.dtype) -> None:
 def test_images_of_other_sizes_and_layouts(name: str) -> None:
     segment = passed(TRITON, MATCHES[name][0], **layers())
     for x in (torch.randn(5, 8, 7, 6), torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)):
-        plain = segment.plain(x)[0]
-        assert torch.allclose(segment(x)[0], plain, atol=1e-4, rtol=1e-3)
+        plain = segment.plain(x)[0].detach()
+        assert relative_error(segment(x)[0], plain) <= BOUNDS[torch.float32]
         assert segment(x)[0].is_contiguous() == plain.is_contiguous()
 
 
@@ -160,7 +161,7 @@ def test_a_write_into_what_a_kernel_made_meanwhile() -> None:
     assert any("clamp_ writes into" in reason for reason in reasons(segment, "lower"))
     x = 1e6 * torch.randn(3, 8, 6, 6)
     for ours, theirs in zip(segment(x), segment.plain(x), strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.detach().abs().max()))
+        assert relative_error(ours, theirs.detach()) <= BOUNDS[torch.float32]
 
 
 def test_strides_of_its_own() -> None:
