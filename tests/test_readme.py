@@ -1,0 +1,40 @@
+"""README's code runs as it is written, given what it speaks of."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from frozen import network
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxfreeze
+from fxfreeze.runtime import BOUNDS, relative_error
+
+TEXT = (Path(fxfreeze.__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_every_block_is_tried() -> None:
+    assert len(BLOCKS) == 2
+
+
+def test_the_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = TensorDataset(torch.randn(32, 3, 8, 8), torch.randint(0, 4, (32,)))
+    given: dict[str, Any] = {"fxfreeze": fxfreeze, "torch": torch, "F": F, "epochs": 6}
+    given |= {"net": network(), "loader": DataLoader(data, batch_size=8, shuffle=True)}
+    exec(BLOCKS[0], given)
+    assert given["model"].depth == len(given["model"].units) - 1  # all that ever freezes, at the last step
+
+
+def test_a_kernel_from_one_slice_of_a_buffer_into_another() -> None:
+    buffer = torch.randn(2, 96, 6, 6).to(memory_format=torch.channels_last)
+    x, weight = buffer[:, :64].clone(), torch.randn(32, 64, 1, 1)
+    scale, shift, bias = torch.rand(64), torch.rand(64), torch.rand(32)
+    exec(BLOCKS[1], {"torch": torch, "buffer": buffer, "weight": weight, "scale": scale, "shift": shift, "bias": bias})
+    normal = F.relu(x * scale[:, None, None] + shift[:, None, None])
+    assert relative_error(buffer[:, 64:], F.relu(F.conv2d(normal, weight, bias))) <= BOUNDS[torch.float32]
+    assert torch.equal(buffer[:, :64], x)
