@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfreeze.layouts import is_transformed
 from fxfreeze.surgery import Decision, DecisionKey, Surgery
 from fxfreeze.units import Ownership, Unit
 
@@ -93,7 +94,7 @@ class Derived:
 
 
 def _address(tensor: Tensor) -> int:
-    return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.data_ptr()
+    return 0 if is_transformed(tensor) else tensor.data_ptr()
 
 
 def frozen_tensors(net: nn.Module, units: Sequence[Unit], depth: int) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -4,12 +4,12 @@ A rewritten prefix may compute in another layout than the original, and hands it
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layouts", "order_of"]
+__all__ = ["Kind", "Layouts", "has_storage", "is_transformed", "kind_of", "order_of"]
 
 _Format = tuple[torch.dtype, tuple[int, ...] | None]
 
@@ -21,6 +21,31 @@ def order_of(tensor: Tensor) -> tuple[int, ...] | None:
     strides = tensor.stride()
     order = tuple(sorted(range(tensor.dim()), key=lambda d: (-strides[d], d)))
     return None if order == tuple(range(tensor.dim())) else order
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether its memory can be looked at."""
+    return tensor.layout == torch.strided and not is_transformed(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a transform of torch.func (grad, vmap) made it, to stand for one of another shape or with a tape."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+class Kind(NamedTuple):
+    """What of a tensor decides a graph that it is given to."""
+
+    dtype: torch.dtype
+    device: torch.device
+    dim: int
+    layout: torch.layout
+    order: tuple[int, ...] | None
+    transformed: bool
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    return Kind(tensor.dtype, tensor.device, tensor.dim(), tensor.layout, order_of(tensor), is_transformed(tensor))
 
 
 class Layouts:
@@ -54,7 +79,7 @@ def _ones(values: Sequence[Any]) -> tuple[Any, ...]:
 
 def _own(value: Any) -> Any:
     """The value as memory of its own: not a slice of a buffer that others are slices of."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
+    if not isinstance(value, Tensor) or not has_storage(value):
         return value
     return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
 

@@ -23,6 +23,7 @@ __all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "bound_of", "build", "l
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 TF32_BOUND = 5e-3  # float32 where cuDNN may round inputs to 10 bits
 DECIDED = "an earlier build decided so"
+TRANSFORMED = "a transform of torch.func runs the traced graph as it is"
 _SAMPLES = 4
 _REASONS = 12  # places with a reason that are printed for each thing a pass did
 
@@ -147,15 +148,14 @@ def build(
     inputs: Sequence[Any],
     computation: Computation,
     passes: Sequence[Pass],
-    rewrite: bool = True,
+    settled: str | None = None,
     native: Sequence[Any] | None = None,
 ) -> Segment:
     """Rewrite ``plain`` and compare it with the original on a few samples of ``inputs``.
 
     span: depths of the two boundaries; native: the inputs as a segment before computed them, for the rewritten graph;
-    rewrite: False runs the plain graph, as an earlier build decided. A rewritten
-    graph that fails, or is past its bound, is dropped: ``reason`` gives the error or the figure. Random state is left as
-    found.
+    settled: why the plain graph runs whatever a rewritten one would do (``DECIDED``, ``TRANSFORMED``). A rewritten graph
+    that fails, or is past its bound, is dropped: ``reason`` gives the error or the figure. Random state is left as found.
     """
     began = time.perf_counter()
     segment = Segment(*span, plain, computation)
@@ -164,8 +164,8 @@ def build(
         samples, expected = _reference(graph, inputs, random, segment.whole)
         segment.layouts.learn(expected)
         given = samples if native is None else [_cut_like(a, b) for a, b in zip(native, samples, strict=True)]
-        if not rewrite:
-            segment.reason = DECIDED
+        if settled is not None:
+            segment.reason = settled
         else:
             try:
                 with computation.context():

@@ -21,10 +21,10 @@ from fxfreeze.backends import candidates, remark
 from fxfreeze.chain import Chain, Span
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
-from fxfreeze.layouts import order_of
+from fxfreeze.layouts import has_storage, kind_of
 from fxfreeze.likeness import digest, same_constants, signature
 from fxfreeze.passes import PASSES
-from fxfreeze.runtime import DECIDED, Computation, Prefix, Segment, build
+from fxfreeze.runtime import DECIDED, TRANSFORMED, Computation, Prefix, Segment, build
 from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership
@@ -77,15 +77,13 @@ DecisionKey = tuple[int, int, str, str]
 
 
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
-    """What of a call's arguments decides its graph: structure, constants, and the tensors' dtype, device, rank, layout,
-    and which of them share memory."""
+    """What of a call's arguments decides its graph: structure, constants, the kinds of tensors, and which of them share
+    memory."""
     return (
         spec,
         _sharing([leaf for leaf in leaves if isinstance(leaf, Tensor)]),
         tuple(
-            (leaf.dtype, leaf.device, leaf.dim(), leaf.layout, order_of(leaf))
-            if isinstance(leaf, Tensor)
-            else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
+            kind_of(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf if isinstance(leaf, BAKED) else None)
             for leaf in leaves
         ),
     )
@@ -95,7 +93,7 @@ def _sharing(tensors: list[Tensor]) -> tuple[int, ...]:
     """For each tensor, the number of the first that lies in the same storage."""
     if len(tensors) < 2:
         return ()
-    storages = [t.untyped_storage()._cdata if t.layout == torch.strided else id(t) for t in tensors]
+    storages = [t.untyped_storage()._cdata if has_storage(t) else id(t) for t in tensors]
     return tuple(map(storages.index, storages))
 
 
@@ -245,7 +243,7 @@ class Surgery:
         notes: tuple[str, ...],
     ) -> Segment:
         """The built segment, shared by all traces that have the same one (training and eval, say)."""
-        given = [(t.dtype, t.device, t.dim(), t.layout, order_of(t)) for t in native if isinstance(t, Tensor)]
+        given = [kind_of(t) for t in native if isinstance(t, Tensor)]
         like = (f"{span} {signature(plain)} {Settings(_layers(plain))} {callers} {given}", computation)
         built = self._segments.setdefault(like, [])
         segment = next((s for s in built if same_constants(s.plain, plain)), None)
@@ -253,10 +251,18 @@ class Surgery:
             dtype = str(computation.autocast or "model").removeprefix("torch.")
             graph = digest(plain)
             earlier = self.decisions.get((*span, graph, dtype))
-            segment = self._built(span, plain, values, native, computation, earlier)
+            settled = (
+                TRANSFORMED
+                if any(kind.transformed for kind in given)
+                else DECIDED
+                if earlier and not earlier.rewritten
+                else None
+            )
+            segment = self._built(span, plain, values, native, computation, earlier, settled)
             segment.notes += notes
-            decision = Decision(*span, graph, dtype, segment.backend, segment.rewritten is not None)
-            self.decisions[decision.key] = decision
+            if settled is not TRANSFORMED:
+                decision = Decision(*span, graph, dtype, segment.backend, segment.rewritten is not None)
+                self.decisions[decision.key] = decision
             built.append(segment)
         return segment
 
@@ -268,6 +274,7 @@ class Surgery:
         native: Sequence[Any],
         computation: Computation,
         earlier: Decision | None,
+        settled: str | None,
     ) -> Segment:
         """The segment by the first backend that can run it; the traced graph itself if none can."""
         names = candidates(self.backend, None if earlier is None else earlier.backend, PASSES)
@@ -275,11 +282,10 @@ class Surgery:
             self._warn(
                 f"the resumed run used backend {earlier.backend!r}, which is not available here: {names[0]!r} runs instead"
             )
-        rewrite = earlier is None or earlier.rewritten
         for name in names:
-            segment = build(span, plain, values, computation, PASSES[name], rewrite, native)
+            segment = build(span, plain, values, computation, PASSES[name], settled, native)
             segment.backend = name
-            if segment.reason is None or segment.reason == DECIDED:
+            if segment.reason == settled:
                 break
             following = "Backend 'plain'" if name != names[-1] else "The plain graph"
             self._warn(f"the rewritten frozen part is not used: {segment.reason}. {following} runs instead")

@@ -48,9 +48,9 @@ def freezable(net: nn.Module, **options: Any) -> fxfreeze.FreezableModel:
     return fxfreeze.compile(net, Never(), **options)
 
 
-def settle(net: nn.Module, seed: int = 0) -> nn.Module:
-    """`net` in float64 with no parameter constant, no gain near zero, and running statistics that are not 0 and 1."""
-    net = net.double()
+def settle(net: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """`net` in `dtype` with no parameter constant, no gain near zero, and running statistics that are not 0 and 1."""
+    net = net.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():

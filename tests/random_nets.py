@@ -1,7 +1,7 @@
 """Random networks, drawn by hypothesis and written out as Python source, so that a failing one can be read and run.
 
 A network is a few blocks (an atom each) that the root joins with loose layers, concatenations, views and writes. All
-values are (N, C, H, W) float64 with C <= 8 and H, W <= 6. Whether a write spoils what autograd saved is mostly
+values are (N, C, H, W) of dtype D with C <= 8 and H, W <= 6. Whether a write spoils what autograd saved is mostly
 avoided, not always: the caller skips networks that the original itself can't run.
 """
 
@@ -347,8 +347,8 @@ def _block(draw: Any, name: str, shape: tuple[int, int, int]) -> tuple[str, tupl
 
 
 @st.composite
-def networks(draw: Any) -> tuple[str, nn.Module]:
-    """(source, a network in float64 made from it); its input is (N, 3, 6, 6), its first output (N, 2)."""
+def networks(draw: Any, dtype: torch.dtype = torch.float64) -> tuple[str, nn.Module]:
+    """(source, a network in ``dtype`` made from it); its input is (N, 3, 6, 6), its first output (N, 2)."""
     f = Forward(draw, in_block=False)
     f.values.append(Value("x", 3, SIZE, SIZE, 0))
     blocks: list[tuple[str, tuple[int, int, int], tuple[int, int, int]]] = []
@@ -373,10 +373,10 @@ def networks(draw: Any) -> tuple[str, nn.Module]:
     outputs = [f"self.head({last}.mean((2, 3)))", *map(str, extra)]
     source += _class("Net", "x", f, ", ".join(outputs) + ",")
     namespace = globals()  # torch.fx.wrap replaces functions in the globals that the forward sees
+    namespace["D"] = dtype
     exec(source, namespace)
     torch.manual_seed(0)
     return source, namespace["Net"]()
 
 
-D = torch.float64
 _ = F  # used by the sources

@@ -80,7 +80,7 @@ def check(net: nn.Module, seen: Counter[str]) -> None:
                 seen["compared"] += 1
 
 
-def run(examples: int, check: Check = check) -> Counter[str]:
+def run(examples: int, check: Check = check, dtype: torch.dtype = torch.float64) -> Counter[str]:
     """``check`` on so many networks; what it counted."""
     seen: Counter[str] = Counter()
 
@@ -92,7 +92,7 @@ def run(examples: int, check: Check = check) -> Counter[str]:
         phases=[Phase.generate],  # to shrink a failing network takes longer than all others together
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(networks())
+    @given(networks(dtype))
     def every_network(drawn: tuple[str, nn.Module]) -> None:
         source, net = drawn
         note(source)
@@ -108,7 +108,7 @@ def run(examples: int, check: Check = check) -> Counter[str]:
 
 def test_some_random_networks() -> None:
     seen = run(40)
-    assert seen["compared"] > 8 * seen["networks"]
+    assert seen["compared"] > 6 * seen["networks"]
     assert seen["segments"] > 4 * seen["networks"]
     assert seen["could not run"] + seen["could not train"] < seen["networks"] / 4
 
@@ -122,15 +122,9 @@ def test_many_random_networks() -> None:
 
 def check_rewritten(backend: str, net: nn.Module, seen: Counter[str]) -> None:
     """In float32, where layouts change and kernels lower: every depth computes the original's, with nothing rejected."""
-    net = settle(net).float().eval()
-    x = torch.randn(5, 3, 6, 6)
-    try:
-        able = runs(net, x, backward=False)
-    except RuntimeError as error:  # it makes or casts to the float64 that it was drawn for
-        if not any(said in str(error) for said in ("scalar type", "should be the same", "same dtype")):
-            raise
-        able = False
-    if not able:
+    net = settle(net, dtype=torch.float32).eval()
+    x = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    if not runs(net, x, backward=False):
         seen["could not run"] += 1
         return
     model = freezable(copy.deepcopy(net), backend=backend).eval()
@@ -145,13 +139,13 @@ def check_rewritten(backend: str, net: nn.Module, seen: Counter[str]) -> None:
 
 @pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_some_rewritten_networks(backend: str) -> None:
-    seen = run(60, partial(check_rewritten, backend))
+    seen = run(60, partial(check_rewritten, backend), torch.float32)
     assert seen["compared"] > seen["networks"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["plain", "triton"])
 def test_many_rewritten_networks(backend: str) -> None:
-    seen = run(400, partial(check_rewritten, backend))
+    seen = run(400, partial(check_rewritten, backend), torch.float32)
     assert seen["networks"] >= 400
     assert seen["compared"] > seen["networks"]

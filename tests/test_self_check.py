@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import fxfreeze.surgery
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
-from fxfreeze.runtime import Computation, build, relative_error
+from fxfreeze.runtime import DECIDED, Computation, build, relative_error
 
 
 def skewed(module: GraphModule) -> list[Outcome]:
@@ -124,7 +124,7 @@ def test_non_finite_originals() -> None:
 def test_an_earlier_build_decides() -> None:
     """A segment that ran unrewritten before does so again, without a warning."""
     net, x = network(), images(6)
-    segment = build((0, 1), plain_graph(net, x), [x], Computation("cpu", None), PASSES["plain"], rewrite=False)
+    segment = build((0, 1), plain_graph(net, x), [x], Computation("cpu", None), PASSES["plain"], DECIDED)
     assert segment.rewritten is None
     assert segment.reason == "an earlier build decided so"
     with torch.no_grad():

@@ -10,6 +10,8 @@ from parity import compare, freezable, freeze_by_hand, settle
 from split_cases import D, Net, conv, image
 from torch import Tensor, nn
 
+from fxfreeze.runtime import TRANSFORMED
+
 
 def chain() -> Net:
     return settle(Net(lambda self, x: self.head(self.c(self.b(self.a(x))))))  # type: ignore[return-value]
@@ -71,6 +73,28 @@ def test_functional_gradients() -> None:
     for name, parameter in model.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(gradients[name], expected)
+
+
+@pytest.mark.parametrize("transform_first", [True, False])
+def test_vmap_runs_the_traced_graph_and_decides_nothing_for_other_calls(transform_first: bool) -> None:
+    net = chain().eval()
+    model = freezable(copy.deepcopy(net)).eval()
+    model.freeze(2)
+    groups = torch.stack([image(), 2 * image()])
+    if transform_first:
+        torch.testing.assert_close(torch.vmap(model)(groups), torch.vmap(net)(groups))
+    model(image())
+    assert [s.reason for s in model.prefix.segments] == [None]
+    torch.testing.assert_close(torch.vmap(model)(groups), torch.vmap(net)(groups))
+    assert [s.reason for s in model.prefix.segments] == [TRANSFORMED]
+
+
+def test_vmap_over_two_inputs() -> None:
+    net = settle(Net(lambda self, x: self.head(self.b(self.a(x[0]) * self.a(x[1]))))).eval()
+    model = freezable(copy.deepcopy(net)).eval()
+    model.freeze(1)
+    pair = torch.stack([image(), 2 * image()]), torch.stack([image() + 1, image()])
+    torch.testing.assert_close(torch.vmap(model)(pair), torch.vmap(net)(pair))
 
 
 def test_data_parallel_is_refused() -> None:
