@@ -48,7 +48,7 @@ $(VENV)/.cli: pyproject.toml constraints.txt
 
 # torchvision and timm without dependencies: torchvision's wheel asks for a torch of its own.
 $(VENV)/.test: $(VENV)/.cli
-	$(PIP) --editable '.[cli,cache,test]'
+	$(PIP) --editable '.[cli,cache,openvino,test]'
 	$(PIP) --no-deps torchvision timm
 	$(PIP) huggingface_hub PyYAML triton
 	touch $@
@@ -61,7 +61,7 @@ $(OLDEST)/.aot: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[cli,cache,test,lint]'
+	$(PIP) --editable '.[cli,cache,openvino,test,lint]'
 	touch $@
 
 clean:

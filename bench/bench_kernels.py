@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.conftest import Contender, interleave, on_gpu
 from bench.kernel_cases import CASES, DEVICE, INTERPRETING
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 ROUNDS, WARMUP = (1, 0) if INTERPRETING else (30, 3)
 

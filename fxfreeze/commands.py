@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fxfreeze import checkpoint, cost, page, report
+from fxfreeze import checkpoint, cost, machine, page, report
 from fxfreeze.batches import Batches
 from fxfreeze.compare import Arena, Trial, Watch, advance
 from fxfreeze.contest import Contest, Finetune, FromScratch, check_cache, choose, run_trial, scheduled
@@ -61,7 +61,7 @@ def run_compare(
             settings=settings,
             trials=trials,
             prediction=prediction,
-            environment=report.environment(task.device),
+            environment=machine.environment(task.device),
         )
         console.print(report.table(result))
         marked = [f"- {note}" for note in report.notes(result)]

@@ -200,7 +200,9 @@ def step_flops(net: nn.Module, split: Split, batch_size: int, depths: Iterable[i
     Counted by torch's counter on a copy, with two samples: the count is linear in the batch.
     """
     images, labels = split.images[:2], split.labels[:2]
-    model = compile(copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,)).train()
+    model = compile(
+        copy.deepcopy(net).to(images.device), FreezeOut(1), example_inputs=(images,), backend="plain"
+    ).train()
     whole, frozen = {}, {0: 0}
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         for depth in sorted(depths):

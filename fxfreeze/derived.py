@@ -3,14 +3,15 @@
 It may be dropped at any time and is never saved; only the decisions outlive it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxfreeze.builder import Decision, DecisionKey
 from fxfreeze.layouts import is_transformed
-from fxfreeze.surgery import Decision, DecisionKey, Surgery
+from fxfreeze.surgery import Surgery
 from fxfreeze.units import Ownership, Unit
 
 __all__ = ["Derived", "frozen_tensors"]
@@ -19,17 +20,25 @@ __all__ = ["Derived", "frozen_tensors"]
 class Derived:
     """Plans at the current depth, and lists that save walking the modules at each forward.
 
-    decisions: how each segment was decided to run.
+    decisions: how each segment was decided to run; ahead: how many training steps will run what is built now.
     """
 
-    def __init__(self, net: nn.Module, ownership: Ownership, precision: torch.dtype | None, backend: str):
+    def __init__(
+        self,
+        net: nn.Module,
+        ownership: Ownership,
+        precision: torch.dtype | None,
+        backend: str,
+        ahead: Callable[[], float],
+    ):
         self.net = net
         self.ownership = ownership
         self.precision = precision
         self.backend = backend
         self.decisions: dict[DecisionKey, Decision] = {}
         self.warned: set[str] = set()
-        self.surgery = Surgery(net, ownership, 0, precision, backend, self.decisions, self.warned)
+        self.ahead = ahead
+        self.surgery = Surgery(net, ownership, 0, precision, backend, self.decisions, ahead, self.warned)
         self.start(0)
 
     def start(self, depth: int) -> None:
@@ -49,6 +58,7 @@ class Derived:
             self.precision,
             self.backend,
             self.decisions,
+            self.ahead,
             self.warned,
             self.surgery.seconds,
         )

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
@@ -9,13 +10,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fxfreeze.auto import UNKNOWN_STEPS
 from fxfreeze.backends import check_backend
+from fxfreeze.builder import Decision
 from fxfreeze.derived import Derived
 from fxfreeze.forward import Forward
 from fxfreeze.inputs import Inputs, flatten_inputs, required_inputs
 from fxfreeze.runtime import Prefix
-from fxfreeze.schedule import Schedule
-from fxfreeze.surgery import Decision
+from fxfreeze.schedule import Schedule, until_next_freeze
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership, Unit, find_units
 
@@ -39,8 +41,9 @@ def compile(
     looks at shapes; units: names of modules, or groups of names, that start a unit each, in place of the automatic list
     (what runs next belongs to it too, up to the next name); precision: compute dtype of the frozen part (float32, float16
     or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included); backend: what the
-    frozen part runs on, "plain" (folded, PyTorch's operators), "triton" (fused kernels) or "auto", which is plain. Units
-    that the schedule freezes at step 0 are frozen at once.
+    frozen part runs on, "plain" (folded, PyTorch's operators), "library" (oneDNN's or cuDNN's fused convolutions),
+    "inductor", "openvino" (on a CPU), "triton" (fused kernels), or "auto", which tries what may pay and takes the fastest.
+    Units that the schedule freezes at step 0 are frozen at once.
 
     Raises TypeError for a ``net`` that is no plain module, TraceRefusal when its forward can't be traced, ValueError for
     other impossible arguments.
@@ -189,7 +192,7 @@ class FreezableModel(nn.Module):
         self._depth = 0
         self.step: int | None = None
         self._required_grad: dict[str, bool] = {}  # of frozen parameters, before they froze
-        self._derived = Derived(net, ownership, precision, backend)
+        self._derived = Derived(net, ownership, precision, backend, self._steps_ahead)
         self._forward = Forward(net)
         self.freeze(schedule.depth(0, self.units))
 
@@ -255,6 +258,13 @@ class FreezableModel(nn.Module):
         self._depth = min(depth, self.depth)
         self.refresh()
         self.freeze(depth)
+
+    def _steps_ahead(self) -> float:
+        """How many training steps will run the prefix of now; none where a cache may store what it computes, once."""
+        if self._forward.taps:
+            return 0
+        steps = until_next_freeze(self.schedule, self.units, self.step)
+        return UNKNOWN_STEPS if steps == math.inf else steps
 
     def _decisions(self) -> dict[str, Any]:
         """What a resumed run must compute its prefix by."""
@@ -340,7 +350,7 @@ class FreezableModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         decisions, batch_size = state.pop("_derived"), state.pop("_forward")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._derived = Derived(self.original, self._ownership, self.precision, self.backend)
+        self._derived = Derived(self.original, self._ownership, self.precision, self.backend, self._steps_ahead)
         self._derived.decisions.update({decision.key: decision for decision in decisions})
         self._forward = Forward(self.original)
         self._forward.batch_size = batch_size

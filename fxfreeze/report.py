@@ -3,17 +3,11 @@
 import dataclasses
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from fxfreeze.cached import CacheRecord
@@ -67,19 +61,6 @@ class Report:
     @property
     def shown(self) -> Sequence[Trial]:
         return finished(self.trials) or self.trials
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Where and with what a comparison ran."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "fxfreeze": version("fxfreeze"),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "date": datetime.now(UTC).astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-    }
 
 
 def table(report: Report) -> Table:
@@ -262,13 +243,3 @@ def _row_content(row: Row) -> dict[str, Any]:
 def _finite(value: float) -> float | None:
     """JSON has no word for what a diverged loss becomes."""
     return value if math.isfinite(value) else None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = []
-    if cpuinfo.exists():
-        models = [
-            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from fxfreeze.fidelity import bound_of, relative_error
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.rehearsal import rehearsed, state_of
 from fxfreeze.rewrite import place
 from fxfreeze.rows import batch_size, take
-from fxfreeze.runtime import bound_of, relative_error
 
 __all__ = ["NotRowwise", "Undecided", "find_rows"]
 

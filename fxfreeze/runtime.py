@@ -2,29 +2,28 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule
 
-from fxfreeze.inputs import TraceRefusal
+from fxfreeze.backends import Backend
+from fxfreeze.backends.compiled import Compiled, Compiler, unrepeatable
+from fxfreeze.fidelity import TF32_BOUND, Recorder, bound_of, cut_like, reference, relative_error
 from fxfreeze.layouts import Layouts
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
-from fxfreeze.rewrite import Outcome, Pass, PassError, run_passes
+from fxfreeze.rewrite import Outcome, PassError, run_passes
 from fxfreeze.sizes import dtype_text
 
-__all__ = ["BOUNDS", "Computation", "Prefix", "Segment", "bound_of", "build", "layouts_of", "relative_error"]
+__all__ = ["Computation", "Prefix", "Segment", "build", "layouts_of"]
 
-# The largest relative error, by norm, that a rewritten segment may show against the original.
-BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-TF32_BOUND = 5e-3  # float32 where cuDNN may round inputs to 10 bits
 DECIDED = "an earlier build decided so"
 TRANSFORMED = "a transform of torch.func runs the traced graph as it is"
-_SAMPLES = 4
 _REASONS = 12  # places with a reason that are printed for each thing a pass did
 
 
@@ -60,8 +59,9 @@ class Segment:
     """The graph between the boundaries at two depths, frozen.
 
     start, end: depths; plain: the traced graph on the original's modules; rewritten: after the passes, or None when
-    ``reason`` says why the plain graph runs; error: relative error of the self-check, bound: what it may be; whole:
-    modules that it calls and that may do more than compute.
+    ``reason`` says why the plain graph runs; compiled: the same for the shapes it was built with, or None when
+    ``uncompiled`` says why a backend that compiles did not; error: relative error of the self-check, bound: what it may
+    be; whole: modules that it calls and that may do more than compute.
     """
 
     start: int
@@ -70,18 +70,29 @@ class Segment:
     computation: Computation
     rewritten: GraphModule | None = None
     reason: str | None = None
+    compiled: Compiled | None = None
+    uncompiled: str | None = None
     error: float | None = None
     bound: float | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     backend: str = "plain"
+    undecided: bool = False  # whether other backends may still be tried
+    on_drop: Callable[["Segment"], None] = lambda _: None  # told when something that ran before fails
     layouts: Layouts = field(init=False)
     whole: list[nn.Module] = field(init=False)
+    repeatable: bool = field(init=False)  # running it twice does what running it once does
 
     def __post_init__(self) -> None:
         self.whole = kept_whole(self.plain)
+        self.repeatable = not self.whole and unrepeatable(self.plain) is None
         self.layouts = layouts_of(self.plain, self.whole)
+
+    @property
+    def runs_by(self) -> str:
+        """The backend whose code runs: "plain" where another did not compile what its passes left, which are plain's."""
+        return self.backend if self.uncompiled is None else "plain"
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         """Boundary in, boundary out, as the original hands it over; no tape; an output is a new tensor or an input."""
@@ -92,10 +103,37 @@ class Segment:
     def native(self, *inputs: Any) -> tuple[Any, ...]:
         """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
-            if self.rewritten is None:
-                return tuple(self.plain.forward(*inputs))
-            with self.computation.context():
-                return tuple(self.rewritten.forward(*inputs))
+            if self.compiled is not None and self.compiled.takes(inputs):
+                try:
+                    with self.computation.context():
+                        return self.compiled(*inputs)
+                except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
+                    self._drop("compiled", error, "It runs uncompiled")
+            if self.rewritten is not None:
+                try:
+                    with self.computation.context():
+                        return tuple(self.rewritten.forward(*inputs))
+                except Exception as error:
+                    if not self.repeatable:
+                        raise
+                    outputs = tuple(self.plain.forward(*inputs))  # raises where the original would
+                    self._drop("rewritten", error, "The plain graph runs instead")
+                    return outputs
+            return tuple(self.plain.forward(*inputs))
+
+    def become(self, other: "Segment") -> None:
+        """Run as ``other`` does, which is of the same graph."""
+        if other is not self:
+            kept = {name: getattr(self, name) for name in ("layouts", "on_drop")}
+            self.__dict__ |= other.__dict__ | kept | {"notes": tuple(dict.fromkeys(self.notes + other.notes))}
+
+    def _drop(self, what: str, error: Exception, instead: str) -> None:
+        reason = f"running it failed: {type(error).__name__}: {error}"
+        self.compiled, self.uncompiled = None, reason
+        if what == "rewritten":
+            self.rewritten, self.reason = None, reason
+        self.on_drop(self)
+        warnings.warn(f"the {what} frozen part is not used any more: {reason}. {instead}", stacklevel=2)
 
     def describe(self) -> str:
         """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
@@ -103,12 +141,13 @@ class Segment:
         operators = sum(node.op.startswith("call") for node in graph.nodes)
         dtype = "the model's dtype" if self.computation.autocast is None else dtype_text(self.computation.autocast)
         check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
-        state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
+        state = f"unrewritten: {self.reason}" if self.reason else "compiled" if self.compiled else "rewritten"
         head = (
             f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators ({_calls(self.plain)} traced), "
             f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
         )
-        return "\n".join([head, *_lines(self.outcomes), *(f"  {note}" for note in self.notes)])
+        uncompiled = [] if self.uncompiled is None else [f"  not compiled: {self.uncompiled}"]
+        return "\n".join([head, *_lines(self.outcomes), *uncompiled, *(f"  {note}" for note in self.notes)])
 
 
 @dataclass
@@ -147,46 +186,76 @@ def build(
     plain: GraphModule,
     inputs: Sequence[Any],
     computation: Computation,
-    passes: Sequence[Pass],
+    backend: Backend,
     settled: str | None = None,
     native: Sequence[Any] | None = None,
 ) -> Segment:
-    """Rewrite ``plain`` and compare it with the original on a few samples of ``inputs``.
+    """Rewrite ``plain``, compile it if the backend does, and compare each with the original on samples of ``inputs``.
 
     span: depths of the two boundaries; native: the inputs as a segment before computed them, for the rewritten graph;
-    settled: why the plain graph runs whatever a rewritten one would do (``DECIDED``, ``TRANSFORMED``). A rewritten graph
-    that fails, or is past its bound, is dropped: ``reason`` gives the error or the figure. Random state is left as found.
+    settled: why the plain graph runs whatever a rewritten one would do (``DECIDED``, ``TRANSFORMED``). A rewritten or
+    compiled graph that fails, or is past its bound, is dropped: ``reason`` or ``uncompiled`` gives the error or the figure.
+    Random state is left as found.
     """
     began = time.perf_counter()
     segment = Segment(*span, plain, computation)
     with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
         graph = _copy(plain)
-        samples, expected = _reference(graph, inputs, random, segment.whole)
+        compiles = backend.compiler is not None and settled is None
+        samples, expected = reference(graph, inputs, random, segment.whole, all_samples=compiles)
         segment.layouts.learn(expected)
-        given = samples if native is None else [_cut_like(a, b) for a, b in zip(native, samples, strict=True)]
-        if settled is not None:
-            segment.reason = settled
-        else:
-            try:
-                with computation.context():
-                    if computation.overrides:  # what passes read is how this computation runs it
-                        with rehearsed(segment.whole):
-                            _Recorder(graph).run(*given)
-                    graph.meta["compute_dtype"] = computation.autocast
-                    graph.meta["laid_out"] = span[0] > 0  # what an earlier segment computed lies as it should
-                    segment.outcomes = run_passes(graph, passes)
-                    random.restore()
-                    with rehearsed(segment.whole):
-                        outputs = graph.forward(*given)
-                if len(outputs) != len(expected):
-                    raise PassError(f"the passes left {len(outputs)} outputs of {len(expected)}")
-                _judge(segment, graph, segment.layouts.imposed(outputs, samples), expected)
-            except PassError as error:
-                segment.reason = str(error)
-            except Exception as error:  # noqa: BLE001 - the plain graph just ran, so training must go on with it
-                segment.reason = f"running it failed: {type(error).__name__}: {error}"
+        given = samples if native is None else [cut_like(a, b) for a, b in zip(native, samples, strict=True)]
+        segment.reason = settled or _rewrite(segment, graph, backend, given, (samples, expected), random)
+        if segment.reason is None:
+            segment.rewritten = graph
+            if backend.compiler is not None:
+                segment.uncompiled = _compile(segment, graph, backend.compiler, given, (samples, expected))
     segment.seconds = time.perf_counter() - began
     return segment
+
+
+_Checked = tuple[list[Any], tuple[Any, ...]]  # inputs as the original takes them, and what it makes of them
+
+
+def _rewrite(
+    segment: Segment, graph: GraphModule, backend: Backend, given: Sequence[Any], known: _Checked, random: RandomState
+) -> str | None:
+    """Run the backend's passes on ``graph``; why the result can't be used, or None."""
+    computation = segment.computation
+    try:
+        with computation.context():
+            if computation.overrides:  # what passes read is how this computation runs it
+                with rehearsed(segment.whole):
+                    Recorder(graph).run(*given)
+            graph.meta["compute_dtype"] = computation.autocast
+            graph.meta["laid_out"] = segment.start > 0  # what an earlier segment computed lies as it should
+            segment.outcomes = run_passes(graph, backend.passes)
+            random.restore()
+            with rehearsed(segment.whole):
+                outputs = graph.forward(*given)
+        return _judge(segment, outputs, known)
+    except PassError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - the plain graph just ran, so training must go on with it
+        return f"running it failed: {type(error).__name__}: {error}"
+
+
+def _compile(
+    segment: Segment, graph: GraphModule, compiler: Compiler, given: Sequence[Any], known: _Checked
+) -> str | None:
+    """Compile ``graph`` for inputs like ``given``; why that can't be used, or None."""
+    if (why := unrepeatable(graph)) is not None or segment.whole:
+        return why or f"it calls {type(segment.whole[0]).__name__}, which may do more than compute"
+    try:
+        with segment.computation.context():
+            compiled = Compiled.of(graph, given, compiler, segment.computation.autocast)
+            outputs = compiled(*given)
+        why = _judge(segment, outputs, known)
+    except Exception as error:  # noqa: BLE001 - compilers raise anything; the graph that they were given runs
+        why = f"{type(error).__name__}: {error}"
+    if why is None:
+        segment.compiled = compiled
+    return why
 
 
 def layouts_of(plain: GraphModule, whole: list[nn.Module]) -> Layouts:
@@ -194,50 +263,9 @@ def layouts_of(plain: GraphModule, whole: list[nn.Module]) -> Layouts:
 
     def outputs(inputs: Sequence[Any]) -> tuple[Any, ...]:
         with torch.inference_mode(False), torch.no_grad(), random_state_kept() as random:
-            return _reference(_copy(plain), inputs, random, whole)[1]
+            return reference(_copy(plain), inputs, random, whole)[1]
 
     return Layouts(outputs)
-
-
-def _reference(
-    graph: GraphModule, inputs: Sequence[Any], random: RandomState, whole: list[nn.Module]
-) -> tuple[list[Any], tuple[Any, ...]]:
-    """A few samples of the batch, and what the original makes of them; the whole batch where it can't be sliced."""
-    few = _first_samples(inputs)
-    if few is not None:
-        try:
-            with rehearsed(whole):
-                return few, tuple(_Recorder(graph).run(*few))
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError):
-            random.restore()  # a network that ties samples together (pairs, frames) needs the batch it was given
-    try:
-        with rehearsed(whole):
-            return list(inputs), tuple(_Recorder(graph).run(*inputs))
-    except Exception as error:
-        raise TraceRefusal(f"the frozen part as it was traced can't run it: {type(error).__name__}: {error}") from error
-
-
-def _cut_like(value: Any, sample: Any) -> Any:
-    """As many of the samples."""
-    return value[: len(sample)] if isinstance(value, Tensor) and value.shape != sample.shape else value
-
-
-def _first_samples(inputs: Sequence[Any]) -> list[Any] | None:
-    tensors = [t for t in inputs if isinstance(t, Tensor)]
-    sizes = {t.shape[0] if t.dim() and t.layout == torch.strided else None for t in tensors}
-    if len(sizes) != 1 or None in sizes or next(iter(sizes)) <= _SAMPLES:  # type: ignore[operator]
-        return None
-    return [t[:_SAMPLES] if isinstance(t, Tensor) else t for t in inputs]
-
-
-class _Recorder(Interpreter):
-    """Runs a graph and notes on each node what its value is like, for the passes to read."""
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        n.meta["value"] = value.detach().to("meta") if isinstance(value, Tensor) else None
-        n.meta["device"] = value.device.type if isinstance(value, Tensor) else None
-        return value
 
 
 def _copy(plain: GraphModule) -> GraphModule:
@@ -252,36 +280,24 @@ def _copy(plain: GraphModule) -> GraphModule:
     return module
 
 
-def _judge(segment: Segment, graph: GraphModule, outputs: Sequence[Any], reference: Sequence[Any]) -> None:
-    """Keep the rewritten graph if its outputs are the original's within the bound."""
-    dtypes = [t.dtype for t in reference if isinstance(t, Tensor) and t.is_floating_point()]
+def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked) -> str | None:
+    """Why ``outputs`` are not the original's within the bound, or None."""
+    samples, expected = known
+    if len(outputs) != len(expected):
+        return f"the passes left {len(outputs)} outputs of {len(expected)}"
+    dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
     computed = segment.computation.autocast or max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
     segment.bound = bound_of(computed)
     if computed is torch.float32 and segment.computation.device == "cuda" and torch.backends.cudnn.allow_tf32:
         segment.bound = TF32_BOUND
-    errors = [relative_error(a, b) for a, b in zip(outputs, reference, strict=True) if isinstance(b, Tensor)]
+    laid_out = segment.layouts.imposed(outputs, samples)
+    errors = [relative_error(a, b) for a, b in zip(laid_out, expected, strict=True) if isinstance(b, Tensor)]
     segment.error = max(errors, default=0.0)
-    if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in reference):
-        segment.reason = "the original's own output is not finite, so nothing could be compared"
-    elif not segment.error <= segment.bound:
-        segment.reason = f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
-    else:
-        segment.rewritten = graph
-
-
-def bound_of(dtype: torch.dtype) -> float:
-    """The largest relative error, by norm, of values that were computed in ``dtype``."""
-    return BOUNDS.get(dtype, BOUNDS[torch.bfloat16])
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``|value - reference| / |reference|`` by the 2-norm in float64; inf for another shape or dtype, 0 for two zeros."""
-    if value.shape != reference.shape or value.dtype != reference.dtype:
-        return float("inf")
-    if not reference.is_floating_point():
-        return 0.0 if torch.equal(value, reference) else float("inf")
-    distance = torch.linalg.vector_norm(value.double() - reference.double())
-    return float(distance / torch.linalg.vector_norm(reference.double())) if distance else 0.0
+    if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in expected):
+        return "the original's own output is not finite, so nothing could be compared"
+    if not segment.error <= segment.bound:
+        return f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
+    return None
 
 
 def _calls(module: GraphModule) -> int:

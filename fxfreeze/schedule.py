@@ -163,6 +163,16 @@ def _whole(name: str, value: object, least: int) -> int:
     return operator.index(value)
 
 
+def until_next_freeze(schedule: Schedule, units: Sequence[Unit], step: int | None) -> float:
+    """Steps from ``step`` to the next freeze, or to the end of the schedule; inf where nothing tells."""
+    if step is None:
+        return math.inf
+    freezes = getattr(schedule, "freeze_steps", None)  # a schedule of the user's own may have none
+    later = [] if freezes is None else [at for at in freezes(units) if at is not None and at > step]
+    end = getattr(schedule, "total_steps", None)
+    return min(later, default=math.inf if end is None else end) - step
+
+
 def _head_index(units: Sequence[Unit]) -> int:
     if not units:
         raise ValueError("units is empty: a network has at least one unit, its head")

@@ -17,19 +17,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxfreeze.attributes import Read, Settings, changed
-from fxfreeze.backends import candidates, remark
+from fxfreeze.builder import Builder, Decision, DecisionKey, Site
 from fxfreeze.chain import Chain, Span
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import has_storage, kind_of
-from fxfreeze.likeness import digest, same_constants, signature
-from fxfreeze.passes import PASSES
-from fxfreeze.runtime import DECIDED, TRANSFORMED, Computation, Prefix, Segment, build
+from fxfreeze.likeness import same_constants, signature
+from fxfreeze.runtime import Computation, Prefix, Segment
 from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership
 
-__all__ = ["Decision", "DecisionKey", "Plan", "Surgery", "plan_key"]
+__all__ = ["Plan", "Surgery", "plan_key"]
 
 
 _MOST_PLANS = 256  # kept at one time; numbers that change at every call make as many plans as there are calls
@@ -53,27 +52,6 @@ class Plan(NamedTuple):
     def stale(self) -> Read | None:
         """The first attribute that has changed."""
         return changed(self.reads) or self.settings.changed()
-
-
-class Decision(NamedTuple):
-    """How a segment was decided to run, kept for resuming.
-
-    start, end: depths of its boundaries; graph: a digest of its operators, by which training's is told from eval's.
-    """
-
-    start: int
-    end: int
-    graph: str
-    dtype: str
-    backend: str
-    rewritten: bool
-
-    @property
-    def key(self) -> "DecisionKey":
-        return self.start, self.end, self.graph, self.dtype
-
-
-DecisionKey = tuple[int, int, str, str]
 
 
 def plan_key(leaves: list[Any], spec: pytree.TreeSpec) -> tuple[Any, ...]:
@@ -116,7 +94,8 @@ def _refuse_shared_writes(net: nn.Module, traced: Traced, tensors: list[Tensor])
 class Surgery:
     """Plans for one network at one depth.
 
-    decisions: what earlier builds, or those of a resumed run, decided; warned: what the user has been told already.
+    decisions: what earlier builds, or those of a resumed run, decided; warned: what the user has been told already;
+    ahead: how many training steps will run what is built now, 0 where nothing may be tried.
     """
 
     net: nn.Module
@@ -125,9 +104,11 @@ class Surgery:
     precision: torch.dtype | None
     backend: str
     decisions: dict[DecisionKey, Decision]
+    ahead: Callable[[], float]
     warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
+    builder: Builder = field(init=False)
     _made: int = 0
     _building: bool = False
     _plans: dict[Any, Plan] = field(default_factory=dict)
@@ -137,6 +118,7 @@ class Surgery:
 
     def __post_init__(self) -> None:
         self.prefix = Prefix(self.depth, (), self.seconds)
+        self.builder = Builder(self.backend, self.decisions, self._warn)
 
     def plan(
         self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, build: bool = True
@@ -247,52 +229,19 @@ class Surgery:
         like = (f"{span} {signature(plain)} {Settings(_layers(plain))} {callers} {given}", computation)
         built = self._segments.setdefault(like, [])
         segment = next((s for s in built if same_constants(s.plain, plain)), None)
+        site = Site(span, plain, values, native, computation, self._steps())
         if segment is None:
-            dtype = str(computation.autocast or "model").removeprefix("torch.")
-            graph = digest(plain)
-            earlier = self.decisions.get((*span, graph, dtype))
-            settled = (
-                TRANSFORMED
-                if any(kind.transformed for kind in given)
-                else DECIDED
-                if earlier and not earlier.rewritten
-                else None
-            )
-            segment = self._built(span, plain, values, native, computation, earlier, settled)
+            segment = self.builder.build(site)
             segment.notes += notes
-            if settled is not TRANSFORMED:
-                decision = Decision(*span, graph, dtype, segment.backend, segment.rewritten is not None)
-                self.decisions[decision.key] = decision
             built.append(segment)
+        self.builder.settle(segment, site)
         return segment
 
-    def _built(
-        self,
-        span: Span,
-        plain: GraphModule,
-        values: Sequence[Any],
-        native: Sequence[Any],
-        computation: Computation,
-        earlier: Decision | None,
-        settled: str | None,
-    ) -> Segment:
-        """The segment by the first backend that can run it; the traced graph itself if none can."""
-        names = candidates(self.backend, None if earlier is None else earlier.backend, PASSES)
-        if earlier is not None and earlier.backend not in PASSES:
-            self._warn(
-                f"the resumed run used backend {earlier.backend!r}, which is not available here: {names[0]!r} runs instead"
-            )
-        for name in names:
-            segment = build(span, plain, values, computation, PASSES[name], settled, native)
-            segment.backend = name
-            if segment.reason == settled:
-                break
-            following = "Backend 'plain'" if name != names[-1] else "The plain graph"
-            self._warn(f"the rewritten frozen part is not used: {segment.reason}. {following} runs instead")
-        if (note := remark(segment.backend, computation.device)) is not None:
-            segment.notes = (note,)
-            self._warn(note)
-        return segment
+    def _steps(self) -> float:
+        """How many steps are worth trying backends for: none on a batch that is not training's, nor while CUDA captures."""
+        trains = self.net.training and torch.is_grad_enabled()
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return self.ahead() if trains and not capturing else 0
 
     def _tell_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> list[str]:
         """Warn of frozen modules that run as they are, and return a line for each."""

@@ -30,3 +30,15 @@ def storing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxfreeze import CachedLoader
 
     monkeypatch.setitem(CachedLoader.__init__.__kwdefaults__, "when", "always")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test measured is not what another goes by, nor what the user's cache folder holds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(autouse=True)
+def _first_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="auto" tries nothing: what is fastest depends on the machine, and on what else it does."""
+    monkeypatch.setattr("fxfreeze.builder.rivals", lambda segment: [])

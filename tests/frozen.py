@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxfreeze
 from fxfreeze import FreezableModel, Milestones
+from fxfreeze.backends import Backend
+from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.inputs import flatten_inputs
 from fxfreeze.rewrite import Pass
-from fxfreeze.runtime import BOUNDS, Computation, Segment, build, relative_error
+from fxfreeze.runtime import Computation, Segment, build
 from fxfreeze.split import split
 from fxfreeze.trace import trace
 from fxfreeze.units import Ownership, Unit
@@ -32,7 +34,9 @@ def plain_graph(net: nn.Module, *inputs: Any) -> GraphModule:
 
 def frozen(net: nn.Module, *inputs: Any, passes: Sequence[Pass], precision: torch.dtype | None = None) -> Segment:
     """``net`` as one built segment, which computes in ``precision``, or as the caller's autocast says."""
-    return build((0, 1), plain_graph(net, *inputs), inputs, Computation.current("cpu", precision), passes)
+    return build(
+        (0, 1), plain_graph(net, *inputs), inputs, Computation.current("cpu", precision), Backend(tuple(passes))
+    )
 
 
 def settle(net: nn.Module) -> nn.Module:
@@ -74,7 +78,8 @@ def casts_of(call: Callable[[], Any], tensors: Sequence[Tensor]) -> int:
     with _Counting() as mode:
         call()
     places = {t.data_ptr() for t in tensors}
-    return sum(name in ("_to_copy", "to") and source.data_ptr() in places for name, source in mode.sources)
+    held = [(name, source) for name, source in mode.sources if source.layout == torch.strided]
+    return sum(name in ("_to_copy", "to") and source.data_ptr() in places for name, source in held)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -87,8 +92,8 @@ def images(count: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def frozen_to(unit: str, net: nn.Module, **options: Any) -> FreezableModel:
-    """``net`` with ``unit`` and all before it frozen from the start."""
-    return fxfreeze.compile(net, Milestones({unit: 0}), **options)
+    """``net`` with ``unit`` and all before it frozen from the start; its frozen part runs plain unless it says otherwise."""
+    return fxfreeze.compile(net, Milestones({unit: 0}), **{"backend": "plain", **options})
 
 
 def assert_as_original(model: FreezableModel, *inputs: Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -14,9 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxfreeze
+from fxfreeze.fidelity import relative_error
 from fxfreeze.forward import Forward
 from fxfreeze.inputs import flatten_inputs
-from fxfreeze.runtime import relative_error
 from fxfreeze.split import between, split
 from fxfreeze.trace import trace
 from fxfreeze.units import Unit

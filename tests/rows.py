@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fxfreeze import report
+from fxfreeze import machine
 from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Row, Trial
 from fxfreeze.recipes import FROM_SCRATCH, Settings
@@ -104,5 +104,5 @@ def make_report(trials: Sequence[Trial]) -> Report:
         settings=Settings(),
         trials=trials,
         prediction=Prediction(0.4, 0.6),
-        environment=report.environment(torch.device("cpu")),
+        environment=machine.environment(torch.device("cpu")),
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxfreeze.surgery
 from fxfreeze import FreezeOut, Milestones, TraceRefusal
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 NEVER = Milestones({"stem": 10**6})
 
@@ -62,12 +62,6 @@ def test_bad_schedules(schedule: Any) -> None:
 def test_a_milestone_that_names_nothing() -> None:
     with pytest.raises((ValueError, KeyError), match="nowhere"):
         fxfreeze.compile(network(), Milestones({"nowhere": 3}))
-
-
-@pytest.mark.parametrize("backend", ["library", "inductor", "openvino"])
-def test_backends_to_come(backend: str) -> None:
-    with pytest.raises(ValueError, match=f"backend '{backend}' is not in this version: use 'auto', 'plain', 'triton'"):
-        fxfreeze.compile(network(), NEVER, backend=backend)
 
 
 def test_unknown_backends_and_precisions() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fxfreeze
 from fxfreeze import zoo
-from fxfreeze.runtime import BOUNDS, TF32_BOUND, relative_error
+from fxfreeze.fidelity import BOUNDS, TF32_BOUND, relative_error
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,10 @@ from frozen import images, network
 from nets import Chain, ConvNorm, Head, Keywords, TwoInputs, settle
 from torch import Tensor, nn
 
-import fxfreeze.surgery
+import fxfreeze.builder
 from fxfreeze import FreezableModel, Milestones, TraceRefusal
-from fxfreeze.runtime import BOUNDS, build, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
+from fxfreeze.runtime import build
 
 NEVER = Milestones({"stem": 10**6})
 
@@ -130,7 +131,7 @@ def test_one_segment_for_training_and_evaluation(monkeypatch: pytest.MonkeyPatch
         builds.append(args[0])
         return build(*args, **kwargs)
 
-    monkeypatch.setattr(fxfreeze.surgery, "build", counting)
+    monkeypatch.setattr(fxfreeze.builder, "build", counting)
     model = fxfreeze.compile(network(), Milestones({"blocks.0": 0}))
     for _ in range(3):
         model.train()(images()).sum().backward()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from frozen import assert_as_original, casts_of, frozen_to, images, network
 
-import fxfreeze.surgery
-from fxfreeze.runtime import BOUNDS, Computation, Prefix, build, relative_error
+import fxfreeze.builder
+from fxfreeze.fidelity import BOUNDS, relative_error
+from fxfreeze.runtime import Computation, Prefix, build
 
 PRECISIONS = ["fp32", "bf16", "fp16", torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,7 +64,7 @@ def test_autocast_switches_without_a_rebuild(monkeypatch: pytest.MonkeyPatch) ->
         built.append(computation)
         return build(span, plain, inputs, computation, *rest)
 
-    monkeypatch.setattr(fxfreeze.surgery, "build", counting)
+    monkeypatch.setattr(fxfreeze.builder, "build", counting)
     model = frozen_to("blocks.1", network())
     for _ in range(2):
         for dtype in (None, torch.bfloat16, torch.float16):

@@ -21,7 +21,7 @@ from parity import assert_segments_chain, compare, freezable, freeze_by_hand, lo
 from random_nets import networks
 from torch import Tensor, nn
 
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 Check = Callable[[nn.Module, Counter[str]], None]
 
@@ -108,8 +108,8 @@ def run(examples: int, check: Check = check, dtype: torch.dtype = torch.float64)
 
 def test_some_random_networks() -> None:
     seen = run(40)
-    assert seen["compared"] > 6 * seen["networks"]
-    assert seen["segments"] > 4 * seen["networks"]
+    assert seen["compared"] > 5 * seen["networks"]
+    assert seen["segments"] > 2 * seen["networks"]
     assert seen["could not run"] + seen["could not train"] < seen["networks"] / 4
 
 
@@ -137,14 +137,14 @@ def check_rewritten(backend: str, net: nn.Module, seen: Counter[str]) -> None:
         seen["compared"] += 1
 
 
-@pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "library", "triton"])
 def test_some_rewritten_networks(backend: str) -> None:
     seen = run(60, partial(check_rewritten, backend), torch.float32)
     assert seen["compared"] > seen["networks"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "library", "triton"])
 def test_many_rewritten_networks(backend: str) -> None:
     seen = run(400, partial(check_rewritten, backend), torch.float32)
     assert seen["networks"] >= 400

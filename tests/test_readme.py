@@ -11,7 +11,7 @@ from frozen import network
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxfreeze
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 TEXT = (Path(fxfreeze.__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import fxfreeze.surgery
 from fxfreeze import Milestones
+from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes import PASSES
-from fxfreeze.runtime import BOUNDS, relative_error
 
 
 def test_outputs_are_ordinary_tensors() -> None:
@@ -277,7 +277,7 @@ def test_printed_where_there_is_nothing_to_rewrite() -> None:
 
 def test_printed() -> None:
     """At each stage: nothing frozen, to be built, built, with what was done and how exact it is."""
-    model = fxfreeze.compile(network(), Milestones({"blocks.1": 5}))
+    model = fxfreeze.compile(network(), Milestones({"blocks.1": 5}), backend="plain")
     assert str(model.prefix) == "prefix: nothing is frozen"
     model.freeze(3)
     assert str(model.prefix) == "prefix: 3 frozen units, built at the next forward"

@@ -11,10 +11,11 @@ from frozen import assert_as_original, frozen_to, images, network, plain_graph
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-import fxfreeze.surgery
+from fxfreeze.backends import BACKENDS, Backend
+from fxfreeze.fidelity import relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
-from fxfreeze.runtime import DECIDED, Computation, build, relative_error
+from fxfreeze.runtime import DECIDED, Computation, build
 
 
 def skewed(module: GraphModule) -> list[Outcome]:
@@ -63,7 +64,7 @@ BROKEN: dict[str, tuple[Callable[[GraphModule], list[Outcome]], str]] = {
 def test_a_broken_pass_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is reported once, with its figure or error, and training goes on as the original would."""
     broken, message = BROKEN[name]
-    monkeypatch.setattr(fxfreeze.surgery, "PASSES", {"plain": (broken, *PASSES["plain"])})
+    monkeypatch.setitem(BACKENDS, "plain", Backend((broken, *PASSES["plain"])))
     net = network()
     model = frozen_to("blocks.0", net)
     with pytest.warns(UserWarning, match=f"the rewritten frozen part is not used: {message}"):
@@ -84,7 +85,7 @@ def test_a_broken_pass_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_pass_that_raises_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not again at the next freeze, nor for eval; a later version of the model's weights says nothing new either."""
-    monkeypatch.setattr(fxfreeze.surgery, "PASSES", {"plain": (raising,)})
+    monkeypatch.setitem(BACKENDS, "plain", Backend((raising,)))
     model = frozen_to("stem", network())
     with pytest.warns(UserWarning, match="pass raising failed"):
         model(images(6))
@@ -98,7 +99,7 @@ def test_a_pass_that_raises_is_reported_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_defective_pass_costs_the_others_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph that it left half done is not what runs."""
-    monkeypatch.setattr(fxfreeze.surgery, "PASSES", {"plain": (*PASSES["plain"], raising)})
+    monkeypatch.setitem(BACKENDS, "plain", Backend((*PASSES["plain"], raising)))
     net = network()
     model = frozen_to("blocks.0", net).eval()
     x = images(6)
@@ -124,7 +125,7 @@ def test_non_finite_originals() -> None:
 def test_an_earlier_build_decides() -> None:
     """A segment that ran unrewritten before does so again, without a warning."""
     net, x = network(), images(6)
-    segment = build((0, 1), plain_graph(net, x), [x], Computation("cpu", None), PASSES["plain"], DECIDED)
+    segment = build((0, 1), plain_graph(net, x), [x], Computation("cpu", None), BACKENDS["plain"], DECIDED)
     assert segment.rewritten is None
     assert segment.reason == "an earlier build decided so"
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_decisions_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a saved run decided, through JSON: a prefix that ran unrewritten does so in the resumed run, in silence."""
     net, x = network().eval(), images()
     broken = frozen_to("blocks.0", copy.deepcopy(net))
-    monkeypatch.setattr(fxfreeze.surgery, "PASSES", {"plain": (skewed,)})
+    monkeypatch.setitem(BACKENDS, "plain", Backend((skewed,)))
     with pytest.warns(UserWarning, match="is past the bound"):
         broken(x)
     monkeypatch.undo()
@@ -158,9 +159,9 @@ def test_a_backend_that_is_gone() -> None:
     model(images())
     decisions = model._decisions()
     (decision,) = decisions["segments"]
-    model._load_decisions({**decisions, "segments": [{**decision, "backend": "openvino"}]})
+    model._load_decisions({**decisions, "segments": [{**decision, "backend": "tensorrt"}]})
     with pytest.warns(
-        UserWarning, match="the resumed run used backend 'openvino', which is not available here: 'plain'"
+        UserWarning, match="the resumed run used backend 'tensorrt', which is not available here: 'plain'"
     ):
         assert_as_original(model, images())
     assert model._decisions() == decisions
@@ -188,7 +189,7 @@ def test_training_and_eval_are_decided_apart(monkeypatch: pytest.MonkeyPatch) ->
 
     net, x = Branching(), images()
     model = frozen_to("block", copy.deepcopy(net))
-    monkeypatch.setattr(fxfreeze.surgery, "PASSES", {"plain": (skewed_in_training,)})
+    monkeypatch.setitem(BACKENDS, "plain", Backend((skewed_in_training,)))
     with pytest.warns(UserWarning, match="is past the bound"):
         model.train()(x)
     model.eval()(x)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import fxfreeze
 from fxfreeze import FreezableModel, Milestones
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 
 def network(seed: int = 0) -> nn.Module:

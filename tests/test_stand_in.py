@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fxfreeze
 from fxfreeze import FreezableModel, Milestones
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 NEVER = Milestones({"stem": 10**6})
 

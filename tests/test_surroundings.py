@@ -41,12 +41,14 @@ def test_modules_run_in_other_threads_while_one_is_traced() -> None:
     threads = [threading.Thread(target=others) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for depth in range(1, 12):
-        model.freeze(depth)
-        model(x)
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for depth in range(1, 12):
+            model.freeze(depth)
+            model(x)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert not errors
 
 

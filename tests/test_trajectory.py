@@ -17,7 +17,7 @@ from reference import ADAM, SGD, STEPS, Run, lock_step, measure, norm, put_in_ev
 from torch import Tensor, nn
 
 from fxfreeze import FreezableModel
-from fxfreeze.runtime import BOUNDS
+from fxfreeze.fidelity import BOUNDS
 
 # Ten seconds each with one optimizer: with the other, and under autocast, in the long run only.
 LARGE = ("vgg", "resnet18", "densenet121", "densenet121_drop", "mobilenet_v2", "vgg16_bn", "googlenet")

@@ -23,6 +23,7 @@ from fxfreeze.cache.store import Store
 from fxfreeze.cache.writer import StoreWriter
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.rows import batch_size, resized
+from fxfreeze.schedule import until_next_freeze
 from fxfreeze.sizes import bytes_text, seconds_text
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ class Worth:
         if first:
             steps = math.inf if end is None else end - step
         else:
-            later = [at for at in schedule.freeze_steps(units) if at is not None and at > step]
-            steps = min(later, default=math.inf if end is None else end) - step
+            steps = until_next_freeze(schedule, units, step)
             # Its rows are what the next store is made from, whenever that is.
             return max(1.0, steps * batch / self.shelf.length)
         return steps * batch / self.shelf.length - 1

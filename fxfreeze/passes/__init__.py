@@ -3,6 +3,7 @@
 from fxfreeze.passes.affine_prologue import affine_prologue
 from fxfreeze.passes.dense_buffer import dense_buffer
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm
+from fxfreeze.passes.library import library
 from fxfreeze.passes.lower import lower
 from fxfreeze.passes.pool_first import pool_first
 from fxfreeze.passes.prepare_weights import prepare_weights
@@ -14,6 +15,7 @@ __all__ = ["PASSES"]
 
 PASSES: dict[str, tuple[Pass, ...]] = {
     "plain": (fold_batchnorm, prepare_weights),
+    "library": (fold_batchnorm, remove_identity, residual, library, prepare_weights),
     "triton": (
         fold_batchnorm,
         remove_identity,

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fxfreeze import kernels
 from fxfreeze.effects import Alias, declared
 from fxfreeze.passes.buffers import allocate, allocate_for, joined, placed, room
-from fxfreeze.passes.patterns import PATTERNS, Fused
+from fxfreeze.passes.patterns import PATTERNS, Fused, readable
 from fxfreeze.passes.specified import fuse
 from fxfreeze.rewrite import Outcome, Writes, constant, place, views_may_copy
 
@@ -48,25 +48,13 @@ def lower(module: GraphModule) -> list[Outcome]:
             None if node._erased else next((f for match in PATTERNS if (f := match(node, module)) is not None), None)
         )
         if isinstance(found, Fused):
-            found = _checked(found, writes)
+            found = readable(found, writes)
         if isinstance(found, Fused):
             outcomes.append(Outcome("lower", place(node), True, found.function.__name__))
             _emit(found, module)
         elif found is not None:
             outcomes.append(Outcome("lower", place(node), False, "left alone", found))
     return outcomes
-
-
-def _checked(found: Fused, writes: Writes) -> Fused | str:
-    """Why a kernel at the place of the last node would read or compute something else."""
-    first, last = found.chain[0], found.chain[-1]
-    if written := writes.into(first):
-        return f"it writes into {place(written[0])}, which others may read"
-    if (writer := writes.between(found.arguments.values(), first, last)) is not None:
-        return f"{writer.name} writes into its input before {place(last)}"
-    if first.meta["value"].dtype != last.meta["value"].dtype:
-        return f"{place(last)} computes in another dtype"
-    return found
 
 
 def _emit(found: Fused, module: GraphModule) -> None:

@@ -26,9 +26,9 @@ from fxfreeze.passes.specified import (
     weights,
     windows,
 )
-from fxfreeze.rewrite import constant
+from fxfreeze.rewrite import Writes, constant, place
 
-__all__ = ["PATTERNS", "Fused"]
+__all__ = ["PATTERNS", "Fused", "activated", "readable"]
 
 _LARGEST_WINDOW = 64  # pixels that a pooling kernel reads without a loop
 _ONE, _NONE = (1, 1), (0, 0)
@@ -66,7 +66,7 @@ def dense(node: Node, module: GraphModule) -> Match:
     single = size == _ONE and steps["padding"] == _NONE
     function = kernels.conv1x1 if single else kernels.conv3x3
     fused = Fused(function, given | ({"stride": steps["stride"]} if single else steps), [node], (size, *steps.values()))
-    return fused if given["activation"] != "none" else _activated(fused, module)
+    return fused if given["activation"] != "none" else activated(fused, module)
 
 
 def depthwise(node: Node, module: GraphModule) -> Match:
@@ -83,7 +83,7 @@ def depthwise(node: Node, module: GraphModule) -> Match:
         return f"{op.arguments['groups']} groups for {weight.shape[0]} outputs are neither one nor one each"
     size = tuple(weight.shape[2:])
     call = Fused(kernels.depthwise, {"x": op.input, **weights(op, module), **steps}, [node], (size, *steps.values()))
-    return _activated(call, module)
+    return activated(call, module)
 
 
 def affine(node: Node, module: GraphModule) -> Match:
@@ -94,7 +94,7 @@ def affine(node: Node, module: GraphModule) -> Match:
         return reason
     scale, shift = node.meta["affine"]
     call = Fused(kernels.pointwise, {"x": node.args[0], "scale": scale, "shift": shift}, [node])
-    return _pooled(_activated(call, module), module)
+    return _pooled(activated(call, module), module)
 
 
 def activation(node: Node, module: GraphModule) -> Match:
@@ -127,7 +127,7 @@ def linear(node: Node, module: GraphModule) -> Match:
         return reason
     if held["weight"] is not None and held["weight"].dim() != 2:
         return "its weight is a vector"
-    return _activated(Fused(kernels.linear, {"x": op.input, **held}, [node]), module)
+    return activated(Fused(kernels.linear, {"x": op.input, **held}, [node]), module)
 
 
 def layernorm(node: Node, module: GraphModule) -> Match:
@@ -157,7 +157,7 @@ def _varies(op: Op, held: dict[str, Tensor | None]) -> str | None:
     return f"its {missing} is not a constant" if missing else None
 
 
-def _activated(call: Fused, module: GraphModule) -> Fused:
+def activated(call: Fused, module: GraphModule) -> Fused:
     """The same with the activation that alone reads it."""
     after = activation_after(call.chain[-1], module)
     if after is None:
@@ -199,3 +199,15 @@ def _pool(node: Node, module: GraphModule) -> tuple[dict[str, Any], tuple[tuple[
     if op.kind == "avg_pool":
         arguments["count_include_pad"] = given["count_include_pad"]
     return arguments, (size, step, padding, _ONE)
+
+
+def readable(found: Fused, writes: Writes) -> Fused | str:
+    """The same; or why a call at the place of the last node would read or compute something else."""
+    first, last = found.chain[0], found.chain[-1]
+    if written := writes.into(first):
+        return f"it writes into {place(written[0])}, which others may read"
+    if (writer := writes.between(found.arguments.values(), first, last)) is not None:
+        return f"{writer.name} writes into its input before {place(last)}"
+    if first.meta["value"].dtype != last.meta["value"].dtype:
+        return f"{place(last)} computes in another dtype"
+    return found

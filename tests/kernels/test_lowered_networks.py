@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fxfreeze
 from fxfreeze import FreezableModel, FreezeScheduler, Milestones, zoo
-from fxfreeze.runtime import BOUNDS, relative_error
+from fxfreeze.fidelity import BOUNDS, relative_error
 
 CLASSES = 5
 

@@ -8,6 +8,7 @@ import torch
 from frozen import plain_graph, settle
 from torch import Tensor, nn
 
+from fxfreeze.backends import Backend
 from fxfreeze.rewrite import Outcome, Pass, called
 from fxfreeze.runtime import Computation, Segment, build
 
@@ -44,7 +45,7 @@ def passed(
     graph = plain_graph(net, *inputs)
     for name in training:
         net.get_submodule(name).train()
-    segment = build((0, 1), graph, inputs, Computation.current("cpu", None), passes)
+    segment = build((0, 1), graph, inputs, Computation.current("cpu", None), Backend(tuple(passes)))
     assert segment.reason is None
     assert segment.error is not None
     assert segment.bound is not None

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from frozen import frozen, norms_run, settle
 from torch import Tensor, nn
 
+from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm, scale_shift
 from fxfreeze.rewrite import Outcome
-from fxfreeze.runtime import BOUNDS, Segment, relative_error
+from fxfreeze.runtime import Segment
 
 
 class FunctionalNorm(nn.Module):

@@ -10,9 +10,9 @@ from frozen import dispatched
 from passing import calls, done, passed, reasons
 from torch import Tensor, nn
 
+from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
-from fxfreeze.runtime import BOUNDS, relative_error
 
 TRITON = PASSES["triton"]
 

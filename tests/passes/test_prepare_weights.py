@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from frozen import casts_of, frozen, settle
 from torch import Tensor, nn
 
+from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm
 from fxfreeze.passes.prepare_weights import prepare_weights
-from fxfreeze.runtime import BOUNDS, Segment, relative_error
+from fxfreeze.runtime import Segment
 
 IMAGE = (5, 4, 10, 10)
 REDUCED = (torch.bfloat16, torch.float16)

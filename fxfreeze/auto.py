@@ -1,0 +1,172 @@
+"""``backend="auto"``: which backends to build for a frozen part, and which of those is fastest where it will run.
+
+One that takes long to build is built only where it may win back more than that before the next freeze. What was built
+takes turns on the real batch, each followed by a little of PyTorch's own code, as the live layers follow it in training:
+a library's threads may cost the next operator more than they save.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import GraphModule
+
+from fxfreeze.backends import openvino
+from fxfreeze.fidelity import few_samples
+from fxfreeze.kernels import engine
+from fxfreeze.operators import op_of
+from fxfreeze.passes.fused_conv import onednn_supports
+from fxfreeze.rewrite import constant
+from fxfreeze.runtime import Computation, Segment
+from fxfreeze.sizes import seconds_text
+from fxfreeze.timings import Times, Timings
+
+__all__ = ["UNKNOWN_STEPS", "choose", "first_choice", "rivals"]
+
+UNKNOWN_STEPS = 1000  # expected ahead where no FreezeScheduler tells
+_FEWEST, _MOST = 3, 15  # turns
+_LEAST_GAIN = 0.01  # of the time ahead: always thought possible, and what taking turns may cost
+_CLEARLY = 0.98  # of the first choice's time: what a rival must stay below to take its place
+
+
+class _Prior(NamedTuple):
+    """build: seconds for each operator of the graph; share: of the time that "plain" takes."""
+
+    build: float
+    share: float
+
+
+# Before anything was measured. Medians of bench/results/*.json, rounded.
+_PRIORS = {
+    "plain": _Prior(0.002, 1.0),
+    "library": _Prior(0.003, 0.8),
+    "triton": _Prior(0.05, 0.6),
+    "openvino": _Prior(0.02, 0.7),
+    "inductor": _Prior(0.15, 0.75),
+}
+
+
+def first_choice(graph: GraphModule, computation: Computation) -> str:
+    """What runs where nothing is to be tried: "library" where it has anything to take, which is rarely slower."""
+    layers = [op for node in graph.graph.nodes if (op := op_of(node, graph)) is not None and op.kind == "conv"]
+    weights = [weight for op in layers if (weight := constant(op.arguments["weight"], graph)) is not None]
+    dtypes = {computation.autocast or weight.dtype for weight in weights if weight.dim() == 4}
+    if computation.device == "cpu":
+        return "library" if any(onednn_supports(dtype) is None for dtype in dtypes) else "plain"
+    return "library" if computation.device == "cuda" and dtypes - {torch.float64} else "plain"
+
+
+def rivals(segment: Segment) -> list[str]:
+    """What else could run a segment on this machine, the quickest to build first."""
+    device = segment.computation.device
+    able = {
+        "plain": True,
+        "triton": engine(device) == "triton",
+        "openvino": device == "cpu" and openvino.here(),
+        "inductor": True,
+    }
+    return sorted((name for name, here in able.items() if here), key=lambda name: _PRIORS[name].build)
+
+
+def choose(
+    first: Segment,
+    build: Callable[[str], Segment],
+    names: Sequence[str],
+    inputs: Sequence[Any],
+    steps: float,
+    case: str,
+    timings: Timings,
+) -> Segment:
+    """The fastest of ``first`` and those of ``names`` that are worth building for ``steps`` calls like ``inputs``.
+
+    case: under which ``timings`` keeps what is measured; where it knows all of them, nothing is measured.
+    """
+    known = timings.get(case)
+    if {first.backend, *names} <= known.keys():
+        return _recalled(first, build, names, steps, known)
+    once = min(_seconds(first, first, *inputs) for _ in range(2))
+    built, skipped = [first], []
+    for name in names:
+        cost = _build_time(name, first, known) + 2 * _FEWEST * once
+        gain = once * steps * max(_LEAST_GAIN, 1 - _PRIORS[name].share / _PRIORS[first.backend].share)
+        if cost > gain:
+            skipped.append(f"{name} takes {seconds_text(cost)} to build and might win {seconds_text(gain)}")
+        elif _runs(segment := build(name), name):
+            built.append(segment)
+        else:
+            skipped.append(f"{name} can't run it: {segment.uncompiled or segment.reason}")
+    if len(built) == 1:
+        first.notes += ("; ".join(["auto: nothing tried", *skipped]),)
+        return first
+    alone, followed = _medians(built, inputs, budget=_LEAST_GAIN * once * steps)
+    timings.add(case, {s.backend: Times(followed[s.backend], s.seconds) for s in built})
+    quickest = min(built, key=lambda s: followed[s.backend])
+    chosen = quickest if followed[quickest.backend] < _CLEARLY * followed[first.backend] else first
+    chosen.notes += ("; ".join([f"auto: {_figures(alone)}", *skipped]),)
+    return chosen
+
+
+def _recalled(
+    first: Segment, build: Callable[[str], Segment], names: Sequence[str], steps: float, known: Mapping[str, Times]
+) -> Segment:
+    """The same, where all was measured before."""
+    chosen = first
+    costs = {name: known[name].call * steps + known[name].build for name in names}
+    best = min(names, key=costs.__getitem__, default=first.backend)
+    if (
+        best in costs
+        and costs[best] < _CLEARLY * known[first.backend].call * steps
+        and _runs(rival := build(best), best)
+    ):
+        chosen = rival
+    chosen.notes += (f"auto: {_figures({name: t.call for name, t in known.items()})}, measured before",)
+    return chosen
+
+
+def _runs(segment: Segment, name: str) -> bool:
+    return segment.reason is None and segment.runs_by == name
+
+
+def _build_time(name: str, first: Segment, known: Mapping[str, Times]) -> float:
+    return known[name].build if name in known else _PRIORS[name].build * len(first.plain.graph.nodes)
+
+
+def _medians(
+    built: Sequence[Segment], inputs: Sequence[Any], budget: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of a call by backend, alone and with what follows it: medians of as many turns as ``budget`` seconds allow."""
+    seconds: dict[str, list[tuple[float, float]]] = {segment.backend: [] for segment in built}
+    few = few_samples(inputs) or inputs
+    began = time.perf_counter()
+    for turn in range(_MOST + 1):
+        if turn > _FEWEST and time.perf_counter() - began > budget:
+            break
+        for segment in built:
+            own = _seconds(segment, segment, *inputs)
+            after = _seconds(segment, built[0].native, *few)
+            if turn:  # the first warms up
+                seconds[segment.backend].append((own, own + after))
+    alone, followed = (
+        {name: statistics.median(t[i] for t in took) for name, took in seconds.items()} for i in range(2)
+    )
+    return alone, followed
+
+
+def _seconds(segment: Segment, function: Callable[..., object], *inputs: Any) -> float:
+    """That a call takes on the segment's device."""
+    _wait(segment)
+    began = time.perf_counter()
+    function(*inputs)
+    _wait(segment)
+    return time.perf_counter() - began
+
+
+def _wait(segment: Segment) -> None:
+    if segment.computation.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _figures(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {seconds_text(took)}" for name, took in sorted(seconds.items(), key=lambda item: item[1]))

@@ -1,0 +1,53 @@
+"""Backends by name: which there are, how each makes a frozen graph fast, and why one can't here.
+
+A backend is a list of passes, and for some a compiler of what the passes leave.
+"""
+
+from typing import NamedTuple
+
+from fxfreeze.backends import inductor, openvino
+from fxfreeze.backends.compiled import Compiler
+from fxfreeze.kernels import engine
+from fxfreeze.passes import PASSES
+from fxfreeze.rewrite import Pass
+
+__all__ = ["BACKENDS", "Backend", "candidates", "check_backend", "remark"]
+
+
+class Backend(NamedTuple):
+    """passes: run on the traced graph; compiler: of what they leave, or None for a graph that runs as it is."""
+
+    passes: tuple[Pass, ...]
+    compiler: Compiler | None = None
+
+
+BACKENDS: dict[str, Backend] = {
+    "plain": Backend(PASSES["plain"]),
+    "library": Backend(PASSES["library"]),
+    "inductor": Backend(PASSES["plain"], inductor.compile),
+    "triton": Backend(PASSES["triton"]),
+    "openvino": Backend(PASSES["plain"], openvino.compile),
+}
+
+
+def check_backend(name: str) -> None:
+    """Raises ValueError for a backend that is unknown, ChoiceError, which is one, for one whose package is missing."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown: expected one of auto, {', '.join(BACKENDS)}")
+    if name == "openvino":
+        openvino.package()
+
+
+def candidates(wanted: str, earlier: str | None) -> list[str]:
+    """What to try, in order, for a segment that an earlier build decided to run by ``earlier``."""
+    return list(dict.fromkeys((earlier if earlier in BACKENDS else wanted, "plain")))
+
+
+def remark(backend: str, device: str) -> str | None:
+    """What the user should hear of a backend on a device."""
+    if backend == "triton" and engine(device) == "reference":
+        return (
+            f"backend 'triton' has no kernels for {device} here, so it runs their reference in plain PyTorch, slower than "
+            f"backend 'plain'; on an NVIDIA GPU it runs Triton"
+        )
+    return None

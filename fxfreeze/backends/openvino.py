@@ -1,0 +1,100 @@
+"""OpenVINO on a CPU, by its native API: the graph is exported, converted and compiled, and reads and writes torch's memory.
+
+``torch.compile(backend="openvino")`` is not used: it may fall back to TorchInductor in silence.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxfreeze.imports import ChoiceError, optional
+
+__all__ = ["compile", "here", "package"]
+
+_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def package() -> ModuleType:
+    """OpenVINO; raises ChoiceError, with the remedy, where it can't be imported."""
+    return optional("openvino", "pip install 'fxfreeze[openvino]'", ChoiceError)
+
+
+def here() -> bool:
+    """Whether it can be imported."""
+    try:
+        package()
+    except ChoiceError:
+        return False
+    return True
+
+
+def compile(
+    module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None
+) -> Callable[..., Sequence[Tensor]]:
+    """``module`` for tensors of the shapes of ``inputs``, computed in float32, or bfloat16 if autocast or weights say so.
+
+    With bfloat16 the processor may use it, and what goes in and comes out is float32 all the same.
+    Raises ValueError for another device or dtype, ChoiceError without the package.
+    """
+    openvino = package()
+    if any(t.device.type != "cpu" for t in inputs):
+        raise ValueError("OpenVINO runs here on a CPU only")
+    settings = {
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[_dtype(module, autocast)],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
+        warnings.simplefilter("ignore")  # of torch.export's and OpenVINO's own doing
+        exported = torch.export.export(module.float(), tuple(map(_float32, inputs)))
+        model = openvino.convert_model(exported)
+        model.reshape({i: tuple(x.shape) for i, x in enumerate(inputs)})
+    return _Request(openvino.Core().compile_model(model, "CPU", settings))
+
+
+def _dtype(module: GraphModule, autocast: torch.dtype | None) -> torch.dtype:
+    held = {t.dtype for t in module.state_dict().values() if t.is_floating_point()}
+    used = held | ({autocast} if autocast else set())
+    if refused := used - _PRECISIONS.keys():
+        raise ValueError(
+            f"OpenVINO computes float32 and bfloat16 here, not {str(refused.pop()).removeprefix('torch.')}"
+        )
+    return torch.bfloat16 if torch.bfloat16 in used else torch.float32
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
+
+
+class _Request:
+    """A compiled model as a function of tensors; each call makes new tensors for its outputs."""
+
+    def __init__(self, model: Any):
+        self._request = model.create_infer_request()
+        self._outputs = [(tuple(o.shape), _torch_dtype(o.get_element_type())) for o in model.outputs]
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        from openvino import Tensor as Shared
+
+        made = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
+        with self._lock:
+            for i, x in enumerate(inputs):
+                given = _float32(x.detach()).contiguous()
+                self._request.set_input_tensor(i, Shared(given.numpy(), shared_memory=True))
+            for i, y in enumerate(made):
+                self._request.set_output_tensor(i, Shared(y.numpy(), shared_memory=True))
+            self._request.infer()
+        return made
+
+
+def _torch_dtype(element: Any) -> torch.dtype:
+    import numpy
+
+    return torch.from_numpy(numpy.empty(0, element.to_dtype())).dtype

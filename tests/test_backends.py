@@ -1,0 +1,288 @@
+"""Every backend on whole networks, and what happens when one can't build, fails later, or computes something else."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from frozen import assert_as_original, frozen_to, images, network, settle
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxfreeze
+from fxfreeze import FreezableModel, FreezeOut, zoo
+from fxfreeze.backends import BACKENDS, Backend, check_backend, openvino
+from fxfreeze.fidelity import BOUNDS, relative_error
+from fxfreeze.imports import ChoiceError
+
+CLASSES = 5
+
+
+def built_in(name: str) -> nn.Module:
+    return zoo.load(name, num_classes=CLASSES, in_channels=3, image_size=8)
+
+
+def vgg() -> nn.Module:
+    features = torchvision.models.vgg.make_layers([8, 8, "M", 16, 16, "M"], batch_norm=True)
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+def mobilenet() -> nn.Module:
+    stages = [[1, 8, 2, 1], [3, 16, 2, 2]]
+    return torchvision.models.MobileNetV2(CLASSES, inverted_residual_setting=stages, width_mult=0.5, dropout=0.0)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "densenet-bc": lambda: built_in("densenet-bc-4-16"),
+    "wrn": lambda: built_in("wrn-16-1"),
+    "resnet": lambda: built_in("resnet-14"),
+    "vgg": vgg,
+    "mobilenet": mobilenet,
+}
+NAMED = [
+    "plain",
+    "library",
+    pytest.param("openvino", marks=pytest.mark.skipif(not openvino.here(), reason="openvino is not installed")),
+    pytest.param("inductor", marks=pytest.mark.slow),
+]
+
+
+def depths(model: FreezableModel) -> list[int]:
+    most = len(model.units) - 1
+    return sorted({1, most // 3, 2 * most // 3, most} - {0})
+
+
+@pytest.mark.parametrize("backend", NAMED)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_prefixes_equal_eval_mode(name: str, backend: str) -> None:
+    """At four depths, and at another size than they were built for."""
+    net = settle(NETWORKS[name]())
+    model = fxfreeze.compile(net, FreezeOut(100), backend=backend).eval()
+    for depth in depths(model):
+        model.freeze(depth)
+        for x in (images(5), images(3), torch.randn(2, 3, 16, 16)):
+            with torch.no_grad():
+                assert relative_error(model(x), net(x)) <= BOUNDS[torch.float32]
+        (segment,) = model.prefix.segments
+        assert (segment.runs_by, segment.reason, segment.uncompiled) == (backend, None, None)
+        assert (segment.compiled is not None) == (backend in ("openvino", "inductor"))
+
+
+@pytest.mark.parametrize("backend", NAMED)
+def test_bfloat16_under_autocast(backend: str) -> None:
+    net = settle(NETWORKS["resnet"]())
+    model = fxfreeze.compile(net, FreezeOut(100), backend=backend).eval()
+    model.freeze(len(model.units) - 1)
+    x = images(5)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert relative_error(model(x), net(x)) <= BOUNDS[torch.bfloat16]
+        assert model.prefix.segments[0].reason is None
+        assert model.prefix.segments[0].uncompiled is None
+
+
+@pytest.mark.parametrize("backend", NAMED)
+def test_three_forwards_before_one_backward(backend: str) -> None:
+    """No output is reused while anything alive reads it."""
+    net = settle(NETWORKS["vgg"]())
+    model = fxfreeze.compile(copy.deepcopy(net), FreezeOut(100), backend=backend)
+    model.freeze(3)
+    for unit in model.units[:3]:
+        for name in unit.modules:
+            net.get_submodule(name).requires_grad_(False)
+    batches = [images(4) for _ in range(3)]
+    sum(model.eval()(x).square().sum() for x in batches).backward()  # type: ignore[union-attr]
+    sum(net.eval()(x).square().sum() for x in batches).backward()  # type: ignore[union-attr]
+    for ours, theirs in zip(model.parameters(), net.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+# ---- compilers that fail
+
+
+def as_it_is(module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Callable[..., Any]:
+    return module.forward
+
+
+def unable(module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Callable[..., Any]:
+    raise NotImplementedError("no such operator")
+
+
+def wrong(module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Callable[..., Any]:
+    return lambda *given: [1.01 * y for y in module.forward(*given)]
+
+
+def missing_one(module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Callable[..., Any]:
+    return lambda *given: module.forward(*given)[1:]
+
+
+FAILING = {
+    "unable": (unable, "NotImplementedError: no such operator"),
+    "wrong": (wrong, r"its relative error \d\.\d\de-0\d is past the bound 1e-04"),
+    "missing one": (missing_one, "the passes left 0 outputs of 1"),
+}
+
+
+def with_compiler(monkeypatch: pytest.MonkeyPatch, compiler: Any) -> None:
+    monkeypatch.setitem(BACKENDS, "inductor", Backend(BACKENDS["plain"].passes, compiler))
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_compiler_that_fails_is_reported_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And training goes on as with the graph that it was given."""
+    compiler, message = FAILING[name]
+    with_compiler(monkeypatch, compiler)
+    net = network()
+    model = frozen_to("blocks.0", net, backend="inductor")
+    with pytest.warns(UserWarning, match=f"backend 'inductor' did not compile the frozen part: {message}") as told:
+        model(images())
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_as_original(model.eval(), images())
+        model.freeze(3)
+        assert_as_original(model, images())
+    assert re.search(f"not compiled: {message}", str(model.prefix))
+    assert {d["backend"] for d in model._decisions()["segments"]} == {"plain"}
+
+
+class Later:
+    """Runs a graph until it is told to fail."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Any:
+        def run(*given: Tensor) -> Any:
+            if self.fails:
+                raise RuntimeError("the device is gone")
+            return module.forward(*given)
+
+        return run
+
+
+def test_compiled_code_that_fails_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = Later()
+    with_compiler(monkeypatch, later)
+    model = frozen_to("blocks.0", network(), backend="inductor").eval()
+    x = images()
+    assert_as_original(model, x)
+    assert model._decisions()["segments"][0]["backend"] == "inductor"
+    later.fails = True
+    with pytest.warns(UserWarning, match="the compiled frozen part is not used any more: .* the device is gone"):
+        assert_as_original(model, x)
+    later.fails = False
+    assert_as_original(model, x)
+    assert model.prefix.segments[0].compiled is None
+    assert model._decisions()["segments"][0]["backend"] == "plain"
+
+
+def test_a_rewritten_graph_that_fails_later() -> None:
+    """The plain graph takes over; what the original would raise too is the caller's."""
+    model = frozen_to("blocks.0", network(), backend="plain").eval()
+    x = images()
+    assert_as_original(model, x)
+    (segment,) = model.prefix.segments
+    with pytest.raises(RuntimeError, match="channels"):
+        model(torch.randn(2, 5, 8, 8))
+    assert segment.reason is None
+    assert segment.rewritten is not None
+    segment.rewritten.forward = unable  # type: ignore[method-assign,assignment]
+    with pytest.warns(UserWarning, match="the rewritten frozen part is not used any more: running it failed"):
+        assert_as_original(model, x)
+    assert_as_original(model, x)
+    assert "unrewritten: running it failed" in str(model.prefix)
+    assert not model._decisions()["segments"][0]["rewritten"]
+
+
+# ---- what a compiler is given
+
+
+class Asked:
+    """Notes the shapes that it was asked to compile for, and how often its code ran."""
+
+    def __init__(self) -> None:
+        self.shapes: list[torch.Size] = []
+        self.ran = 0
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Any:
+        self.shapes += [x.shape for x in inputs]
+
+        def run(*given: Tensor) -> Any:
+            self.ran += 1
+            return module.forward(*given)
+
+        return run
+
+
+def test_other_shapes_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked()
+    with_compiler(monkeypatch, asked)
+    model = frozen_to("blocks.0", network(), backend="inductor").eval()
+    model(images(6))
+    before = asked.ran
+    for count in (3, 6, 1):
+        assert_as_original(model, images(count))
+    assert asked.shapes == [(6, 3, 8, 8)]
+    assert asked.ran - before == 1
+
+
+def test_the_original_s_weights_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler may convert the module that it is given."""
+
+    def converting(module: GraphModule, inputs: Sequence[Tensor], autocast: torch.dtype | None) -> Any:
+        module.double()
+        return lambda *given: [y.float() for y in module.forward(*(x.double() for x in given))]
+
+    with_compiler(monkeypatch, converting)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm([6, 6]), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    model = fxfreeze.compile(net, FreezeOut(100), backend="inductor")
+    model.freeze(1)
+    before = {name: (t.data_ptr(), t.dtype) for name, t in net.state_dict().items()}
+    model(images())
+    assert model.prefix.segments[0].compiled is not None
+    assert {name: (t.data_ptr(), t.dtype) for name, t in net.state_dict().items()} == before
+
+
+class Noisy(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand_like(x))
+
+
+class Writing(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize(("first", "why"), [(Writing, "writes into input"), (Noisy, "draws random numbers")])
+def test_what_no_compiler_is_given(first: type[nn.Conv2d], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked()
+    with_compiler(monkeypatch, asked)
+    model = fxfreeze.compile(
+        nn.Sequential(first(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+        FreezeOut(100),
+        backend="inductor",
+    )
+    model.freeze(1)
+    with pytest.warns(UserWarning, match=f"did not compile the frozen part: .*{why}"):
+        model(images())
+    assert not asked.shapes
+
+
+# ---- names
+
+
+def test_an_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend 'tensorrt' is unknown: expected one of auto, plain, library"):
+        check_backend("tensorrt")
+
+
+def test_openvino_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(ChoiceError, match=r"openvino .*; pip install 'fxfreeze\[openvino\]'"):
+        fxfreeze.compile(network(), FreezeOut(100), backend="openvino")
