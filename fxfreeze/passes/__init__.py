@@ -3,6 +3,7 @@
 from fxfreeze.passes.affine_prologue import affine_prologue
 from fxfreeze.passes.dense_buffer import dense_buffer
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm
+from fxfreeze.passes.in_place import in_place
 from fxfreeze.passes.library import library
 from fxfreeze.passes.lower import lower
 from fxfreeze.passes.pool_first import pool_first
@@ -15,7 +16,7 @@ __all__ = ["PASSES"]
 
 PASSES: dict[str, tuple[Pass, ...]] = {
     "plain": (fold_batchnorm, prepare_weights),
-    "library": (fold_batchnorm, remove_identity, residual, library, prepare_weights),
+    "library": (fold_batchnorm, remove_identity, residual, library, prepare_weights, in_place),
     "triton": (
         fold_batchnorm,
         remove_identity,
