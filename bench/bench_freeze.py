@@ -1,4 +1,4 @@
-"""The cost of one freeze event: trace, split, fold and self-check, at 64 px and batch 8."""
+"""The cost of one freeze event by the library backend: trace, split, passes and self-check, at 64 px and batch 8."""
 
 import functools
 
@@ -16,7 +16,7 @@ SHARES = (0.25, 0.5, 0.75)
 @functools.cache
 def measured(name: str) -> dict[str, list[float]]:
     torch.manual_seed(0)
-    model = fxfreeze.compile(getattr(torchvision.models, name)(), fxfreeze.FreezeOut(10**9))
+    model = fxfreeze.compile(getattr(torchvision.models, name)(), fxfreeze.FreezeOut(10**9), backend="library")
     x = torch.randn(8, 3, 64, 64)
 
     def event(share: float) -> float:

@@ -1,8 +1,8 @@
 """One training iteration with the first 0, 25, 50 and 75% of the units frozen, against plain training.
 
-freezeout: frozen units in eval mode without gradients, no surgery; by hand: what an expert would write for one network
-at half depth, a folded prefix under no_grad and the rest trained. ``by hand, again`` is the same code a second time: a
-difference inside its ratio is a tie.
+freezeout: frozen units in eval mode without gradients, no surgery; fxfreeze: by its backend "library"; by hand: what an
+expert would write for one network at half depth, a folded prefix under no_grad and the rest trained. ``by hand, again`` is
+the same code a second time: a difference inside its ratio is a tie.
 """
 
 import copy
@@ -36,7 +36,7 @@ def _step(forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x
 
 
 def _frozen(net: nn.Module, depth: int) -> fxfreeze.FreezableModel:
-    model = fxfreeze.compile(copy.deepcopy(net).train(), fxfreeze.FreezeOut(10**9))
+    model = fxfreeze.compile(copy.deepcopy(net).train(), fxfreeze.FreezeOut(10**9), backend="library")
     model.freeze(depth)
     return model
 

@@ -100,11 +100,11 @@ def choose(
     if len(built) == 1:
         first.notes += ("; ".join(["auto: nothing tried", *skipped]),)
         return first
-    alone, followed = _medians(built, inputs, budget=_LEAST_GAIN * once * steps)
-    timings.add(case, {s.backend: Times(followed[s.backend], s.seconds) for s in built})
-    quickest = min(built, key=lambda s: followed[s.backend])
-    chosen = quickest if followed[quickest.backend] < _CLEARLY * followed[first.backend] else first
-    chosen.notes += ("; ".join([f"auto: {_figures(alone)}", *skipped]),)
+    medians = _medians(built, inputs, budget=_LEAST_GAIN * once * steps)
+    timings.add(case, {s.backend: Times(medians[s.backend], s.seconds) for s in built})
+    quickest = min(built, key=lambda s: medians[s.backend])
+    chosen = quickest if medians[quickest.backend] < _CLEARLY * medians[first.backend] else first
+    chosen.notes += ("; ".join([f"auto: {_figures(medians)}", *skipped]),)
     return chosen
 
 
@@ -121,7 +121,8 @@ def _recalled(
         and _runs(rival := build(best), best)
     ):
         chosen = rival
-    chosen.notes += (f"auto: {_figures({name: t.call for name, t in known.items()})}, measured before",)
+    figures = _figures({name: t.call for name, t in known.items()})
+    chosen.notes += (f"auto: {figures}, measured before; counted for {steps:.0f} steps, with the building",)
     return chosen
 
 
@@ -133,25 +134,19 @@ def _build_time(name: str, first: Segment, known: Mapping[str, Times]) -> float:
     return known[name].build if name in known else _PRIORS[name].build * len(first.plain.graph.nodes)
 
 
-def _medians(
-    built: Sequence[Segment], inputs: Sequence[Any], budget: float
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a call by backend, alone and with what follows it: medians of as many turns as ``budget`` seconds allow."""
-    seconds: dict[str, list[tuple[float, float]]] = {segment.backend: [] for segment in built}
+def _medians(built: Sequence[Segment], inputs: Sequence[Any], budget: float) -> dict[str, float]:
+    """Seconds of a call by backend, and of what follows it: medians of as many turns as ``budget`` seconds allow."""
+    seconds: dict[str, list[float]] = {segment.backend: [] for segment in built}
     few = few_samples(inputs) or inputs
     began = time.perf_counter()
     for turn in range(_MOST + 1):
         if turn > _FEWEST and time.perf_counter() - began > budget:
             break
         for segment in built:
-            own = _seconds(segment, segment, *inputs)
-            after = _seconds(segment, built[0].native, *few)
+            took = _seconds(segment, segment, *inputs) + _seconds(segment, built[0].native, *few)
             if turn:  # the first warms up
-                seconds[segment.backend].append((own, own + after))
-    alone, followed = (
-        {name: statistics.median(t[i] for t in took) for name, took in seconds.items()} for i in range(2)
-    )
-    return alone, followed
+                seconds[segment.backend].append(took)
+    return {name: statistics.median(took) for name, took in seconds.items()}
 
 
 def _seconds(segment: Segment, function: Callable[..., object], *inputs: Any) -> float:

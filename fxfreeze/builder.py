@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxfreeze.auto import choose, first_choice, rivals
-from fxfreeze.backends import BACKENDS, candidates, remark
+from fxfreeze.backends import BACKENDS, candidates, is_here, remark
 from fxfreeze.chain import Span
 from fxfreeze.layouts import kind_of
 from fxfreeze.likeness import digest
@@ -45,7 +45,7 @@ class Site(NamedTuple):
     """What a segment is built from.
 
     values: inputs as the original hands them over; native: as they were computed; steps: of training that will run it, 0
-    where nothing may be tried.
+    where nothing may be tried; training: whether it is a training batch.
     """
 
     span: Span
@@ -54,6 +54,7 @@ class Site(NamedTuple):
     native: Sequence[Any]
     computation: Computation
     steps: float
+    training: bool
 
     @property
     def transformed(self) -> bool:
@@ -101,21 +102,32 @@ class Builder:
         return segment
 
     def settle(self, segment: Segment, site: Site) -> None:
-        """Make an undecided segment the fastest that is worth building for the steps to come, if there are any."""
+        """Make an undecided segment the fastest that is worth building for the steps to come, if there are any.
+
+        One that compiled code runs gets some for the first training batch too.
+        """
         if segment.undecided and site.steps:
             names = [name for name in rivals(segment) if name != segment.backend]
             best = choose(segment, partial(self._by, site, None), names, site.native, site.steps, site.case, Timings())
             segment.become(best)
             segment.undecided = False
             self._decide(site.key, segment)
+        elif segment.compiled and site.training and not segment.trained and segment.compiled_for(site.native) is None:
+            segment.compiled += self._by(site, None, segment.backend).compiled
+        segment.trained |= site.training
 
     def _names(self, site: Site, earlier: Decision | None) -> list[str]:
         """What to try, in order."""
         wanted = first_choice(site.plain, site.computation) if self.backend == "auto" else self.backend
         names = candidates(wanted, None if earlier is None else earlier.backend)
-        if earlier is not None and earlier.backend not in BACKENDS:
+        if earlier is not None and not is_here(earlier.backend):
             self.warn(
                 f"the resumed run used backend {earlier.backend!r}, which is not available here: {names[0]!r} runs instead"
+            )
+        elif earlier is not None and self.backend not in ("auto", earlier.backend) and earlier.backend != "plain":
+            self.warn(
+                f"the resumed run used backend {earlier.backend!r}, and goes on so, not by {self.backend!r}: to choose anew, "
+                f"empty state['decisions']['segments'] before FreezeScheduler.load_state_dict"
             )
         return names
 

@@ -38,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "resume": None,
     "show_graph": False,
     "depth": None,
-    "backend": "triton",
+    "backend": "library",
     **dataclasses.asdict(Settings()),
 }
 MISUSE = 2
@@ -151,7 +151,8 @@ def _parser() -> Parser:
     plan.add_argument(
         "--depth", type=int, metavar="N", help="units frozen for --show-graph (default: all but the last)"
     )
-    plan.add_argument("--backend", choices=("plain", "triton"), help="what --show-graph lowers to (default: triton)")
+    backends = ("plain", "library", "triton")
+    plan.add_argument("--backend", choices=backends, help="whose passes --show-graph runs (default: library)")
     about = "activations on disk: list them, check them, remove them"
     cache_commands.add_actions(_verb(verbs, "cache", about), _verb)
     about = "the fused kernels: their machine code, and which tiles are fastest here"

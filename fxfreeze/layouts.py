@@ -30,7 +30,8 @@ def has_storage(tensor: Tensor) -> bool:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a transform of torch.func (grad, vmap) made it, to stand for one of another shape or with a tape."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    # While Dynamo traces, which can't trace this, it traces plain tensors.
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 class Kind(NamedTuple):

@@ -51,7 +51,8 @@ def compile(
     _check_net(net)
     if isinstance(schedule, type) or not (hasattr(schedule, "depth") and hasattr(schedule, "factors")):
         raise TypeError(
-            f"schedule is a {type(schedule).__qualname__}: expected FreezeOut, Milestones or another schedule"
+            f"schedule is a {type(schedule).__qualname__}: expected FreezeOut, Milestones or another schedule; "
+            f"to freeze by hand, Milestones({{}})"
         )
     if isinstance(units, str) or not isinstance(units, Iterable | None):
         raise TypeError(f"units is {units!r}: expected a list of module names, such as ['layer1', 'layer2']")
@@ -200,10 +201,12 @@ class FreezableModel(nn.Module):
 
     @property
     def units(self) -> tuple[Unit, ...]:
+        """What freezes as one, from the input side; the last is the head, which never does."""
         return self._ownership.units
 
     @property
     def depth(self) -> int:
+        """How many units are frozen."""
         return self._depth
 
     @property
@@ -282,7 +285,8 @@ class FreezableModel(nn.Module):
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.depth:
             self._derived.assert_frozen()
-            self._derived.current()
+            current = self._derived.current  # it looks at addresses, which Dynamo can't trace
+            (torch.compiler.disable(current) if torch.compiler.is_compiling() else current)()  # type: ignore[no-untyped-call]
         return self._forward(self._derived, args, kwargs)
 
     # ---- standing in

@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 from fxfreeze.backends import Backend
 from fxfreeze.backends.compiled import Compiled, Compiler, unrepeatable
 from fxfreeze.fidelity import TF32_BOUND, Recorder, bound_of, cut_like, reference, relative_error
-from fxfreeze.layouts import Layouts
+from fxfreeze.layouts import Layouts, is_transformed
+from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, PassError, run_passes
@@ -59,8 +60,8 @@ class Segment:
     """The graph between the boundaries at two depths, frozen.
 
     start, end: depths; plain: the traced graph on the original's modules; rewritten: after the passes, or None when
-    ``reason`` says why the plain graph runs; compiled: the same for the shapes it was built with, or None when
-    ``uncompiled`` says why a backend that compiles did not; error: relative error of the self-check, bound: what it may
+    ``reason`` says why the plain graph runs; compiled: the same for some shapes; uncompiled: why a backend that
+    compiles did not; error: relative error of the self-check, bound: what it may
     be; whole: modules that it calls and that may do more than compute.
     """
 
@@ -70,7 +71,7 @@ class Segment:
     computation: Computation
     rewritten: GraphModule | None = None
     reason: str | None = None
-    compiled: Compiled | None = None
+    compiled: tuple[Compiled, ...] = ()
     uncompiled: str | None = None
     error: float | None = None
     bound: float | None = None
@@ -79,6 +80,8 @@ class Segment:
     seconds: float = 0.0
     backend: str = "plain"
     undecided: bool = False  # whether other backends may still be tried
+    swallows_nan: bool = False  # ReLUs of oneDNN and of compiled code make a number of it
+    trained: bool = False  # whether it has met a training batch
     on_drop: Callable[["Segment"], None] = lambda _: None  # told when something that ran before fails
     layouts: Layouts = field(init=False)
     whole: list[nn.Module] = field(init=False)
@@ -103,10 +106,12 @@ class Segment:
     def native(self, *inputs: Any) -> tuple[Any, ...]:
         """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
-            if self.compiled is not None and self.compiled.takes(inputs):
+            if self.swallows_nan and not _finite(inputs):
+                return tuple(self.plain.forward(*inputs))
+            if (compiled := self.compiled_for(inputs)) is not None:
                 try:
                     with self.computation.context():
-                        return self.compiled(*inputs)
+                        return compiled(*inputs)
                 except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
                     self._drop("compiled", error, "It runs uncompiled")
             if self.rewritten is not None:
@@ -121,6 +126,10 @@ class Segment:
                     return outputs
             return tuple(self.plain.forward(*inputs))
 
+    def compiled_for(self, inputs: Sequence[Any]) -> Compiled | None:
+        """The compiled code that takes such inputs."""
+        return next((compiled for compiled in self.compiled if compiled.takes(inputs)), None)
+
     def become(self, other: "Segment") -> None:
         """Run as ``other`` does, which is of the same graph."""
         if other is not self:
@@ -129,7 +138,7 @@ class Segment:
 
     def _drop(self, what: str, error: Exception, instead: str) -> None:
         reason = f"running it failed: {type(error).__name__}: {error}"
-        self.compiled, self.uncompiled = None, reason
+        self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
             self.rewritten, self.reason = None, reason
         self.on_drop(self)
@@ -141,7 +150,9 @@ class Segment:
         operators = sum(node.op.startswith("call") for node in graph.nodes)
         dtype = "the model's dtype" if self.computation.autocast is None else dtype_text(self.computation.autocast)
         check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
-        state = f"unrewritten: {self.reason}" if self.reason else "compiled" if self.compiled else "rewritten"
+        state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
+        if self.compiled:
+            state = f"compiled for {' and for '.join(map(str, self.compiled))}"
         head = (
             f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators ({_calls(self.plain)} traced), "
             f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
@@ -210,6 +221,8 @@ def build(
             segment.rewritten = graph
             if backend.compiler is not None:
                 segment.uncompiled = _compile(segment, graph, backend.compiler, given, (samples, expected))
+            fused = any(node.target is onednn_conv for node in graph.graph.nodes)
+            segment.swallows_nan = computation.device == "cpu" and (fused or bool(segment.compiled))
     segment.seconds = time.perf_counter() - began
     return segment
 
@@ -254,8 +267,16 @@ def _compile(
     except Exception as error:  # noqa: BLE001 - compilers raise anything; the graph that they were given runs
         why = f"{type(error).__name__}: {error}"
     if why is None:
-        segment.compiled = compiled
+        segment.compiled = (compiled,)
     return why
+
+
+def _finite(inputs: Sequence[Any]) -> bool:
+    """Whether the sums of all inputs are; not asked while Dynamo traces, which can't go by values."""
+    if torch.compiler.is_compiling():
+        return True
+    numbers = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided]
+    return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in numbers if not is_transformed(t))
 
 
 def layouts_of(plain: GraphModule, whole: list[nn.Module]) -> Layouts:

@@ -111,15 +111,16 @@ class FreezeOut:
 class Milestones:
     """Units that train at their full rate until a step and then stop dead.
 
-    milestones: {name: step}, at least one. A name is a unit's, or the qualified name of a module: the units that lie in
-    that module, or the unit that it lies in. From that step (0 or later) the unit and every unit before it are frozen.
+    milestones: {name: step}; none leaves freezing to ``model.freeze``. A name is a unit's, or the qualified name of a
+    module: the units that lie in that module, or the unit that it lies in. From that step (0 or later) the unit and every
+    unit before it are frozen.
     A backbone frozen from the start is ``Milestones({"layer4": 0})``.
     Raises ValueError for any other argument, and when first asked about a network's units, for a name that no unit
     has or that reaches into the head, which stays live.
     """
 
     def __init__(self, milestones: Mapping[str, int]) -> None:
-        if not isinstance(milestones, Mapping) or not milestones:
+        if not isinstance(milestones, Mapping):
             raise ValueError(f'milestones = {milestones!r}: expected a mapping such as {{"layer4": 0}}, name to step')
         for name in milestones:
             if not isinstance(name, str):

@@ -229,7 +229,7 @@ class Surgery:
         like = (f"{span} {signature(plain)} {Settings(_layers(plain))} {callers} {given}", computation)
         built = self._segments.setdefault(like, [])
         segment = next((s for s in built if same_constants(s.plain, plain)), None)
-        site = Site(span, plain, values, native, computation, self._steps())
+        site = Site(span, plain, values, native, computation, self._steps(), self._training)
         if segment is None:
             segment = self.builder.build(site)
             segment.notes += notes
@@ -239,9 +239,12 @@ class Surgery:
 
     def _steps(self) -> float:
         """How many steps are worth trying backends for: none on a batch that is not training's, nor while CUDA captures."""
-        trains = self.net.training and torch.is_grad_enabled()
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return self.ahead() if trains and not capturing else 0
+        return self.ahead() if self._training and not capturing else 0
+
+    @property
+    def _training(self) -> bool:
+        return self.net.training and torch.is_grad_enabled()
 
     def _tell_of_leaves(self, prefix: GraphModule, leaves: dict[str, str]) -> list[str]:
         """Warn of frozen modules that run as they are, and return a line for each."""

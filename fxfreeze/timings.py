@@ -34,9 +34,12 @@ class Times(NamedTuple):
     build: float
 
 
-def default_path() -> Path:
-    """``backends.json`` in $XDG_CACHE_HOME/fxfreeze, or in ~/.cache/fxfreeze."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fxfreeze" / "backends.json"
+def default_path() -> Path | None:
+    """``backends.json`` in $XDG_CACHE_HOME/fxfreeze, or in ~/.cache/fxfreeze; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fxfreeze" / "backends.json"
+    except RuntimeError:
+        return None
 
 
 class Timings:
@@ -57,6 +60,8 @@ class Timings:
         """Keep what was measured. A folder that can't be written to is told of once, and forgotten."""
         merged = self._read() | {case: self._cases.get(case, {}) | dict(times)}
         self._cases = dict(list(merged.items())[-_MOST:])
+        if self.path is None:
+            return
         text = json.dumps({case: {name: list(t) for name, t in known.items()} for case, known in self._cases.items()})
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
@@ -71,10 +76,12 @@ class Timings:
             )
 
     def _read(self) -> dict[str, dict[str, Times]]:
+        if self.path is None:
+            return {}
         try:
             cases = json.loads(self.path.read_text())
             return {case: {name: Times(*map(float, t)) for name, t in known.items()} for case, known in cases.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}  # none yet, or not ours: measured again
 
 

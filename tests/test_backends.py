@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxfreeze
-from fxfreeze import FreezableModel, FreezeOut, zoo
+from fxfreeze import FreezableModel, FreezeOut, Milestones, zoo
 from fxfreeze.backends import BACKENDS, Backend, check_backend, openvino
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.imports import ChoiceError
@@ -69,7 +69,7 @@ def test_prefixes_equal_eval_mode(name: str, backend: str) -> None:
                 assert relative_error(model(x), net(x)) <= BOUNDS[torch.float32]
         (segment,) = model.prefix.segments
         assert (segment.runs_by, segment.reason, segment.uncompiled) == (backend, None, None)
-        assert (segment.compiled is not None) == (backend in ("openvino", "inductor"))
+        assert bool(segment.compiled) == (backend in ("openvino", "inductor"))
 
 
 @pytest.mark.parametrize("backend", NAMED)
@@ -178,7 +178,7 @@ def test_compiled_code_that_fails_later(monkeypatch: pytest.MonkeyPatch) -> None
         assert_as_original(model, x)
     later.fails = False
     assert_as_original(model, x)
-    assert model.prefix.segments[0].compiled is None
+    assert not model.prefix.segments[0].compiled
     assert model._decisions()["segments"][0]["backend"] == "plain"
 
 
@@ -232,6 +232,24 @@ def test_other_shapes_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.ran - before == 1
 
 
+def test_an_evaluation_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's first batch gets code of its own, and no later one."""
+    asked = Asked()
+    with_compiler(monkeypatch, asked)
+    model = frozen_to("blocks.0", network(), backend="inductor")
+    with torch.no_grad():
+        model.eval()(images(2))
+    for count in (6, 5):
+        model.train()(images(count))
+    assert asked.shapes == [(2, 3, 8, 8), (6, 3, 8, 8)]
+    assert "compiled for 2x3x8x8 and for 6x3x8x8" in str(model.prefix)
+    before = asked.ran
+    model(images(6))
+    with torch.no_grad():
+        model.eval()(images(2))
+    assert asked.ran - before == 2
+
+
 def test_the_original_s_weights_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler may convert the module that it is given."""
 
@@ -245,7 +263,7 @@ def test_the_original_s_weights_are_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     model.freeze(1)
     before = {name: (t.data_ptr(), t.dtype) for name, t in net.state_dict().items()}
     model(images())
-    assert model.prefix.segments[0].compiled is not None
+    assert model.prefix.segments[0].compiled
     assert {name: (t.data_ptr(), t.dtype) for name, t in net.state_dict().items()} == before
 
 
@@ -274,12 +292,84 @@ def test_what_no_compiler_is_given(first: type[nn.Conv2d], why: str, monkeypatch
     assert not asked.shapes
 
 
+@pytest.mark.skipif(not openvino.here(), reason="openvino is not installed")
+def test_openvino_reads_what_it_was_given() -> None:
+    """Copies that it makes of its inputs live until it has read them."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+            self.other = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.last((self.first(x) * self.other(y)).mean((2, 3)))
+
+    net = Two().eval()
+    model = fxfreeze.compile(net, Milestones({"other": 0}), backend="openvino").eval()
+    assert model.depth == 2
+    for _ in range(40):
+        pair = [torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last) for _ in range(2)]
+        with torch.no_grad():
+            torch.testing.assert_close(model(*pair), net(*pair), atol=1e-4, rtol=1e-3)
+    assert model.prefix.segments[0].compiled
+
+
+def test_integers_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index out of range would end the process, or read anything."""
+    asked = Asked()
+    with_compiler(monkeypatch, asked)
+    net = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(8, 2)).eval()
+    model = fxfreeze.compile(net, Milestones({"0": 0}), backend="inductor").eval()
+    with pytest.warns(UserWarning, match="did not compile the frozen part: .* computes integers"):
+        model(torch.tensor([[1, 2]]))
+    assert not asked.shapes
+    with pytest.raises(IndexError):
+        model(torch.tensor([[1, 10]]))
+
+
+def test_other_strides_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Asked()
+    with_compiler(monkeypatch, asked)
+    model = frozen_to("blocks.0", network(), backend="inductor").eval()
+    model(images(6))
+    before = asked.ran
+    for x in (images(12)[::2], torch.randn(6, 3, 8, 16)[..., ::2], torch.randn(6, 3, 8, 1).expand(6, 3, 8, 8)):
+        assert_as_original(model, x)
+    assert asked.ran == before
+    model(images(6))
+    assert asked.ran == before + 1
+
+
 # ---- names
 
 
 def test_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend 'tensorrt' is unknown: expected one of auto, plain, library"):
         check_backend("tensorrt")
+
+
+def test_a_resumed_run_whose_backend_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen_to("blocks.0", network())
+    model(images())
+    decisions = model._decisions()
+    decisions["segments"][0]["backend"] = "openvino"
+    model._load_decisions(decisions)
+    monkeypatch.setattr(openvino, "here", lambda: False)
+    with pytest.warns(UserWarning, match="used backend 'openvino', which is not available here: 'plain' runs instead"):
+        model(images())
+
+
+def test_a_resumed_run_goes_on_as_it_ran() -> None:
+    model = frozen_to("blocks.0", network(), backend="library")
+    model(images())
+    resumed = frozen_to("blocks.0", network(), backend="plain")
+    resumed._load_decisions(model._decisions())
+    with pytest.warns(
+        UserWarning, match="used backend 'library', and goes on so, not by 'plain': to choose anew, empty"
+    ):
+        resumed(images())
+    assert resumed.prefix.segments[0].backend == "library"
 
 
 def test_openvino_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,10 +275,17 @@ def test_freezeout_refuses(arguments: dict[str, object], named: str) -> None:
         FreezeOut(**{"total_steps": 10, **arguments})  # type: ignore[arg-type]
 
 
+def test_no_milestones_freeze_nothing() -> None:
+    schedule = Milestones({})
+    units = [Unit(name, (name,), ()) for name in ("a", "b", "head")]
+    assert schedule.freeze_steps(units) == (None, None, None)
+    assert schedule.depth(10**6, units) == 0
+    assert schedule.factors(10**6, units) == (1.0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("milestones", "named"),
     [
-        ({}, "milestones = {}"),
         ([("layer4", 0)], r"milestones = \[\('layer4', 0\)\]"),
         ("layer4", "milestones = 'layer4'"),
         ({"layer4": -1}, r"milestones\['layer4'\] = -1"),

@@ -11,7 +11,7 @@ from fxfreeze.kernels import engine
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Pass
 
-__all__ = ["BACKENDS", "Backend", "candidates", "check_backend", "remark"]
+__all__ = ["BACKENDS", "Backend", "candidates", "check_backend", "is_here", "remark"]
 
 
 class Backend(NamedTuple):
@@ -38,9 +38,14 @@ def check_backend(name: str) -> None:
         openvino.package()
 
 
+def is_here(name: str) -> bool:
+    """Whether this version has the backend, and its package is installed."""
+    return name in BACKENDS and (name != "openvino" or openvino.here())
+
+
 def candidates(wanted: str, earlier: str | None) -> list[str]:
     """What to try, in order, for a segment that an earlier build decided to run by ``earlier``."""
-    return list(dict.fromkeys((earlier if earlier in BACKENDS else wanted, "plain")))
+    return list(dict.fromkeys((earlier if earlier is not None and is_here(earlier) else wanted, "plain")))
 
 
 def remark(backend: str, device: str) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,12 @@ __all__ = ["Compiled", "Compiler", "unrepeatable"]
 Compiler = Callable[[GraphModule, Sequence[Tensor], torch.dtype | None], Callable[..., Sequence[Tensor]]]
 
 
+_one_at_a_time = threading.Lock()  # compilers are not made for several threads
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """function: the compiler's; kinds: of the inputs that it is for, with their shapes."""
+    """function: the compiler's; kinds: of the inputs that it is for, with their shapes. Printed, it names the shapes."""
 
     function: Callable[..., Sequence[Tensor]]
     kinds: tuple[Any, ...]
@@ -37,18 +41,37 @@ class Compiled:
         (outputs,) = graph.graph.output_node().args
         if not all(isinstance(n, Node) and n.meta.get("value") is not None for n in outputs):  # type: ignore[union-attr]
             raise ValueError("its outputs hold something beside tensors")
-        return cls(compiler(_self_contained(graph), inputs, autocast), _kinds(inputs))
+        if (node := _integer(graph)) is not None:
+            raise ValueError(f"{node.name} computes integers, which compiled code may index by, or round, unchecked")
+        with _one_at_a_time:
+            return cls(compiler(_self_contained(graph), inputs, autocast), _kinds(inputs))
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether it is for these; while Dynamo traces, it is for none, for Dynamo compiles the graph itself."""
         return not torch.compiler.is_compiling() and _kinds(inputs) == self.kinds
+
+    def __str__(self) -> str:
+        return ", ".join("x".join(map(str, shape)) for _, shape, _ in self.kinds)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.function(*inputs))
 
 
 def _kinds(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple([(kind_of(x), x.shape) if isinstance(x, Tensor) else x for x in inputs])
+    return tuple([(kind_of(x), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in inputs])
+
+
+def _integer(graph: GraphModule) -> Node | None:
+    """The first node that holds integers which depend on the inputs."""
+    given: set[Node] = set()
+    node: Node
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or given.intersection(node.all_input_nodes):
+            given.add(node)
+            value = node.meta.get("value")
+            if value is not None and not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool):
+                return node
+    return None
 
 
 def _self_contained(graph: GraphModule) -> GraphModule:

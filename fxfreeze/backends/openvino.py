@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxfreeze.imports import ChoiceError, optional
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["compile", "here", "package"]
 
@@ -63,7 +64,7 @@ def _dtype(module: GraphModule, autocast: torch.dtype | None) -> torch.dtype:
     used = held | ({autocast} if autocast else set())
     if refused := used - _PRECISIONS.keys():
         raise ValueError(
-            f"OpenVINO computes float32 and bfloat16 here, not {str(refused.pop()).removeprefix('torch.')}"
+            f"OpenVINO computes float32 and bfloat16 here, not {dtype_text(refused.pop())}: see precision= of compile"
         )
     return torch.bfloat16 if torch.bfloat16 in used else torch.float32
 
@@ -85,9 +86,9 @@ class _Request:
 
         made = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         with self._lock:
-            for i, x in enumerate(inputs):
-                given = _float32(x.detach()).contiguous()
-                self._request.set_input_tensor(i, Shared(given.numpy(), shared_memory=True))
+            given = [_float32(x.detach()).contiguous() for x in inputs]  # alive until the request is done
+            for i, x in enumerate(given):
+                self._request.set_input_tensor(i, Shared(x.numpy(), shared_memory=True))
             for i, y in enumerate(made):
                 self._request.set_output_tensor(i, Shared(y.numpy(), shared_memory=True))
             self._request.infer()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxfreeze.effects import declared
+from fxfreeze.kernels.layouts import window_size
 from fxfreeze.kernels.reference import ACTIVATIONS
 
 __all__ = ["Steps", "cudnn_conv", "onednn_conv", "onednn_supports", "reordered", "unfused_conv"]
@@ -32,9 +33,13 @@ def unfused_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, steps: Steps
 ) -> Tensor:
     """``activation(conv2d(x, weight) + bias + residual)``, one operator after the other."""
-    y = F.conv2d(x.to(weight.dtype), weight, bias, *steps)
+    return _finished(F.conv2d(x.to(weight.dtype), weight, bias, *steps), residual, activation)
+
+
+def _finished(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """``activation(y + residual)`` of a convolution's output, broadcast as PyTorch does."""
     if residual is not None:
-        y.add_(residual)
+        y = y + residual
     return F.relu_(y) if activation == "relu" else ACTIVATIONS[activation](y)
 
 
@@ -84,6 +89,8 @@ def onednn_conv(
     if residual is None:
         y = conv(x, weight, bias, *windows, *_ONEDNN[activation])
         return y
+    if residual.shape != _shape(x, weight, steps):  # which oneDNN's call does not look at
+        return _finished(conv(x, weight, bias, *windows, *_ONEDNN["none"]), residual, activation)
     relu = "relu" if activation == "relu" else None  # the only one that it has after a sum
     residual = _channels_last(residual, weight.dtype)
     y = conv.binary(x, residual, weight, bias, *windows, "add", None, relu, [], None)
@@ -100,7 +107,8 @@ def cudnn_conv(
     """The same by cuDNN, channels_last, for a ReLU; by two operators where it says NOT_SUPPORTED."""
     x = _channels_last(x, weight.dtype)
     case = (x.shape, x.dtype, weight.shape, bias is None, residual is None, steps)
-    if activation == "relu" and case not in _refused:
+    sums = residual is not None and residual.shape != _shape(x, weight, steps)
+    if activation == "relu" and case not in _refused and not sums:
         try:
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, bias, *steps)
@@ -111,6 +119,11 @@ def cudnn_conv(
                 raise
             _refused.add(case)
     return unfused_conv(x, weight, bias, residual, activation, steps)
+
+
+def _shape(x: Tensor, weight: Tensor, steps: Steps) -> tuple[int, ...]:
+    """Of what a convolution makes."""
+    return x.shape[0], weight.shape[0], *window_size(x, (weight.shape[2], weight.shape[3]), *steps[:3])
 
 
 def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:

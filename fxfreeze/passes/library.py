@@ -58,10 +58,11 @@ def _assign(call: Fused, free: bool) -> str | None:
     """Make it a call of the device's library, with the weights that this wants; or say why it has none."""
     last, given = call.chain[-1], call.arguments
     dtype, device = last.meta["value"].dtype, last.meta["device"]
-    weight = given["weight"].to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = given["weight"].to(dtype)
     given |= {"weight": weight, "bias": None if given["bias"] is None else given["bias"].to(dtype)}
     if not free:
         return "random numbers or views follow the layout in memory"
+    given["weight"] = weight = weight.contiguous(memory_format=torch.channels_last)
     if device == "cuda":
         if given["activation"] != "relu":
             return f"cuDNN fuses a ReLU, and {place(last)} is none"

@@ -26,8 +26,7 @@ def residual(module: GraphModule) -> list[Outcome]:
         if isinstance(found, str):
             outcomes.append(Outcome("residual", place(node), False, "left alone", found))
             continue
-        conv, arguments = found
-        after = activation_after(node, module)
+        conv, arguments, after = found
         chain = [conv, node] if after is None else [conv, node, after[0]]
         name = "none" if after is None else after[1]
         fuse(module, reference.conv, arguments | {"activation": name}, chain)
@@ -35,8 +34,10 @@ def residual(module: GraphModule) -> list[Outcome]:
     return outcomes
 
 
-def _match(node: Node, add: Op, module: GraphModule, writes: Writes) -> tuple[Node, dict[str, Any]] | str:
-    """The convolution that takes in an addition, with its arguments then; or why none does."""
+def _match(
+    node: Node, add: Op, module: GraphModule, writes: Writes
+) -> tuple[Node, dict[str, Any], tuple[Node, str] | None] | str:
+    """The convolution that takes in an addition, its arguments then, and the activation after it; or why none does."""
     operands = [add.input, add.arguments["other"]]
     if not all(isinstance(n, Node) and n.meta.get("value") is not None for n in operands):
         return "it adds no two tensors"
@@ -47,18 +48,22 @@ def _match(node: Node, add: Op, module: GraphModule, writes: Writes) -> tuple[No
         return "its operands have one row or column, which may be broadcast at another size"
     if add.arguments["alpha"] != 1 or add.arguments["out"] is not None:
         return "it scales what it adds, or writes it elsewhere"
+    after = activation_after(node, module)
     reasons = []
     first, second = sorted(operands)
     for conv, other in ((second, first), (first, second)):  # what is computed last finds the other ready
-        found = _takes(conv, other, node, module, writes)
+        found = _takes(conv, other, (node, node if after is None else after[0]), module, writes)
         if not isinstance(found, str):
-            return conv, found
+            return conv, found, after
         reasons.append(found)
     return "; ".join(dict.fromkeys(reasons))
 
 
-def _takes(conv: Node, other: Node, add: Node, module: GraphModule, writes: Writes) -> dict[str, Any] | str:
-    """The arguments of ``conv`` once it adds ``other`` where ``add`` stands, or why it can't."""
+def _takes(
+    conv: Node, other: Node, chain: tuple[Node, Node], module: GraphModule, writes: Writes
+) -> dict[str, Any] | str:
+    """The arguments of ``conv`` once it adds ``other``, or why it can't; chain: the addition, and what it all is done at."""
+    add, last = chain
     arguments = convolution(conv, module)
     if isinstance(arguments, str):
         return arguments
@@ -70,8 +75,8 @@ def _takes(conv: Node, other: Node, add: Node, module: GraphModule, writes: Writ
         return f"{place(conv)} has an activation or a residual already"
     if sole_user(conv) is not add:
         return stranger(conv, add)
-    if (writer := writes.between([arguments["x"]], conv, add)) is not None:
-        return f"{writer.name} writes into the input of {place(conv)} before the addition"
+    if (writer := writes.between([arguments["x"]], conv, last) or writes.between([other], add, last)) is not None:
+        return f"{writer.name} writes into what {place(conv)} would read later"
     if any(written is not conv for written in writes.into(add)):
         return f"it adds into {place(other)}, which others may read"
     return arguments | {"residual": other}

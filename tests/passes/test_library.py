@@ -78,6 +78,38 @@ def test_a_segment_serves_other_sizes() -> None:
         torch.testing.assert_close(segment(x), tuple(segment.plain.forward(x)), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 6, 6), (3, 8, 1, 6), (3, 1, 6, 6), (1, 1, 1, 1)])
+@pytest.mark.parametrize("activation", [F.relu, F.gelu])
+def test_a_sum_that_is_broadcast_at_another_size(activation: Any, shape: tuple[int, ...]) -> None:
+    """Built where both have one shape; then one, or the other, is smaller."""
+    run = lambda net, x, y: activation(net.conv(x) + y)  # noqa: E731
+    whole = torch.randn(3, 8, 6, 6)
+    segment = passed(LIBRARY, run, whole, whole + 1, conv=conv())
+    assert segment.rewritten is not None
+    assert calls(segment.rewritten) == [onednn_conv]
+    small = torch.randn(shape)
+    torch.testing.assert_close(segment(whole, small), tuple(segment.plain.forward(whole, small)), atol=1e-5, rtol=1e-4)
+    if shape[1] == 8:
+        torch.testing.assert_close(
+            segment(small, whole), tuple(segment.plain.forward(small, whole)), atol=1e-5, rtol=1e-4
+        )
+    for other in ((2, 8, 6, 6), (3, 4, 6, 6), (3, 8, 12, 12)):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            segment(whole, torch.randn(other))
+
+
+@pytest.mark.parametrize("where", ["input", "conv"])
+def test_a_nan_stays_one(where: str) -> None:
+    """oneDNN's ReLU makes a number of it."""
+    segment = passed(LIBRARY, lambda net, x: F.relu(net.conv(x) + x), conv=conv())
+    x = torch.randn(3, 8, 6, 6)
+    x[1, 2, 3, 4] = float("nan") if where == "input" else float("inf")
+    expected = segment.plain.forward(x)
+    torch.testing.assert_close(segment(x), tuple(expected), equal_nan=True)
+    assert bool(segment(x)[0][1].isnan().any())
+    assert not bool(segment(x)[0][0].isnan().any())
+
+
 def test_the_input_is_left_alone() -> None:
     segment = passed(LIBRARY, lambda net, x: F.relu(net.conv(x) + x), conv=conv())
     x = torch.randn(3, 8, 6, 6)

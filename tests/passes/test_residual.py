@@ -78,7 +78,15 @@ MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "the input written meanwhile": (
         lambda net, x: (z := x.sin(), y := net.conv(z), z.mul_(2), y + z)[-1],
-        "mul_ writes into the input of conv before the addition",
+        "mul_ writes into what conv would read later",
+    ),
+    "the input written before the activation": (
+        lambda net, x: (z := x.sin(), w := x.cos(), y := net.conv(z) + w, z.mul_(2), y.relu() * z)[-1],
+        "mul_ writes into what conv would read later",
+    ),
+    "the residual written before the activation": (
+        lambda net, x: (z := x.sin(), y := net.conv(x) + z, z.mul_(2), y.relu() * z)[-1],
+        "mul_ writes into what conv would read later",
     ),
     "into another tensor": (
         lambda net, x: (z := x.sin(), z.add_(net.conv(x)), z.cos())[-1],

@@ -1,0 +1,72 @@
+"""Whole trainings, freeze events included, by backend: is "auto" as fast as the best fixed one?
+
+ResNet-18 at 64 px and batch 32, random images, FreezeOut over all steps. The trainings go side by side, a step of each in
+turn. Not among them: "inductor", which spends more time building at each freeze than all of this takes.
+"""
+
+import copy
+import functools
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import fxfreeze
+from fxfreeze.backends import openvino
+
+STEPS, REPEATS, BATCH, SIZE = 120, 2, 32, 64
+BACKENDS = ("plain", "library", "openvino", "auto", "auto, again")
+
+
+class Training:
+    """A model, its optimizer and its schedule; seconds: of all steps so far."""
+
+    def __init__(self, net: torch.nn.Module, backend: str) -> None:
+        self.model = fxfreeze.compile(copy.deepcopy(net), fxfreeze.FreezeOut(STEPS), backend=backend).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
+        self.scheduler = fxfreeze.FreezeScheduler(self.optimizer, self.model)
+        self.seconds = 0.0
+
+    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        began = time.perf_counter()
+        F.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.seconds += time.perf_counter() - began
+
+
+@functools.cache
+def measured() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """(seconds of each whole training, what else is worth knowing) by contender."""
+    torch.manual_seed(0)
+    net = torchvision.models.resnet18(num_classes=10)
+    x, y = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, 10, (BATCH,))
+    names = [name for name in BACKENDS if name != "openvino" or openvino.here()]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    facts: dict[str, dict[str, Any]] = {}
+    for _ in range(REPEATS):
+        runs = {name: Training(net, name.partition(",")[0]) for name in names}
+        for step in range(STEPS):
+            for name in names if step % 2 else reversed(names):
+                runs[name].step(x, y)
+        for name, run in runs.items():
+            times[name].append(run.seconds)
+            share = run.model.prefix.build_seconds / run.seconds
+            by = [decision["backend"] for decision in run.model._decisions()["segments"]]
+            facts[name] = {"share_of_freeze_events": share, "chosen": by}
+    return times, facts
+
+
+@pytest.mark.parametrize("contender", BACKENDS)
+def bench_training(row, benchmark, contender: str) -> None:
+    times, facts = measured()
+    if contender not in times:
+        pytest.skip("OpenVINO is not installed")
+    fixed = [name for name in times if not name.startswith("auto")]
+    benchmark.group = f"training, resnet18 at {SIZE} px, batch {BATCH}, {STEPS} steps"
+    benchmark.extra_info |= facts[contender]
+    row(times, contender, min(fixed, key=lambda name: sum(times[name])))
