@@ -35,8 +35,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+BENCH ?= bench
+
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
+	$(BIN)/python -m pytest $(BENCH) -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
 		--benchmark-columns=min,median,max,stddev,rounds --benchmark-group-by=group $(if $(JSON),--benchmark-json=$(JSON))
 
 # torch first and by its exact version: a looser requirement may pull another build.

@@ -86,11 +86,15 @@ def choose(
     known = timings.get(case)
     if {first.backend, *names} <= known.keys():
         return _recalled(first, build, names, steps, known)
+    shares = {name: max(_LEAST_GAIN, 1 - _PRIORS[name].share / _PRIORS[first.backend].share) for name in names}
+    if all(share * steps <= 2 * _FEWEST for share in shares.values()):  # taking turns alone would cost more
+        first.notes += (f"auto: nothing tried for {steps:.0f} steps",)
+        return first
     once = min(_seconds(first, first, *inputs) for _ in range(2))
     built, skipped = [first], []
     for name in names:
         cost = _build_time(name, first, known) + 2 * _FEWEST * once
-        gain = once * steps * max(_LEAST_GAIN, 1 - _PRIORS[name].share / _PRIORS[first.backend].share)
+        gain = shares[name] * steps * once
         if cost > gain:
             skipped.append(f"{name} takes {seconds_text(cost)} to build and might win {seconds_text(gain)}")
         elif _runs(segment := build(name), name):

@@ -109,10 +109,17 @@ def test_a_tie_stays_with_the_first(contest: Contest) -> None:
     assert contest({"seconds": 1.0}, {"openvino": {"seconds": 0.99}}, steps=1e6)[0].backend == "library"
 
 
+def test_nothing_is_even_timed_for_a_few_steps(contest: Contest, clock: Clock) -> None:
+    """Where taking turns would cost more than there is to gain."""
+    chosen, built = contest({"seconds": 1.0}, {"openvino": {"seconds": 0.1}}, steps=10)
+    assert (chosen.backend, built, clock.now) == ("library", [], 0)
+    assert chosen.notes == ("auto: nothing tried for 10 steps",)
+
+
 def test_nothing_is_built_for_a_few_steps(contest: Contest) -> None:
     """The rule: built only if the expected gain times the steps is more than the building takes."""
     rivals = {"openvino": {"seconds": 0.1}, "inductor": {"seconds": 0.1}}
-    chosen, built = contest({"seconds": 0.01}, rivals, steps=10)
+    chosen, built = contest({"seconds": 0.0001}, rivals, steps=100)
     assert (chosen.backend, built) == ("library", [])
     (note,) = chosen.notes
     assert note.startswith("auto: nothing tried; openvino takes ")
