@@ -8,7 +8,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxfreeze.frontier import Frontier
-from fxfreeze.runtime import Computation, Prefix, Segment
+from fxfreeze.prefix import Prefix
+from fxfreeze.runtime import Computation, Segment
 from fxfreeze.split import Split, between, split
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership

@@ -8,6 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxfreeze.model import compile
+from fxfreeze.prefix import describe
 from fxfreeze.rewrite import called
 from fxfreeze.runtime import Segment
 from fxfreeze.schedule import Schedule
@@ -37,7 +38,7 @@ def _segment(segment: Segment) -> Iterator[str]:
     if segment.rewritten is not None:
         yield f"after the passes of backend {segment.backend!r}:"
         yield from graph_text(segment.rewritten)
-    yield segment.describe()
+    yield describe(segment)
 
 
 def graph_text(module: GraphModule) -> Iterator[str]:

@@ -16,7 +16,7 @@ from fxfreeze.builder import Decision
 from fxfreeze.derived import Derived
 from fxfreeze.forward import Forward
 from fxfreeze.inputs import Inputs, flatten_inputs, required_inputs
-from fxfreeze.runtime import Prefix
+from fxfreeze.prefix import Prefix
 from fxfreeze.schedule import Schedule, until_next_freeze
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership, Unit, find_units

@@ -3,7 +3,7 @@
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,11 @@ from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, PassError, run_passes
-from fxfreeze.sizes import dtype_text
 
-__all__ = ["Computation", "Prefix", "Segment", "build", "layouts_of"]
+__all__ = ["Computation", "Segment", "build", "layouts_of"]
 
 DECIDED = "an earlier build decided so"
 TRANSFORMED = "a transform of torch.func runs the traced graph as it is"
-_REASONS = 12  # places with a reason that are printed for each thing a pass did
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ class Segment:
     """The graph between the boundaries at two depths, frozen.
 
     start, end: depths; plain: the traced graph on the original's modules; rewritten: after the passes, or None when
-    ``reason`` says why the plain graph runs; compiled: the same for some shapes; uncompiled: why a backend that
-    compiles did not; error: relative error of the self-check, bound: what it may
-    be; whole: modules that it calls and that may do more than compute.
+    ``reason`` says why the plain graph runs; compiled: the same for some shapes; uncompiled: why a backend that compiles
+    did not; error: relative error of the self-check, bound: what it may be; whole: modules that it calls and that may do
+    more than compute.
     """
 
     start: int
@@ -138,58 +136,12 @@ class Segment:
 
     def _drop(self, what: str, error: Exception, instead: str) -> None:
         reason = f"running it failed: {type(error).__name__}: {error}"
-        self.compiled, self.uncompiled = (), reason
+        if self.compiled:
+            self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
             self.rewritten, self.reason = None, reason
         self.on_drop(self)
         warnings.warn(f"the {what} frozen part is not used any more: {reason}. {instead}", stacklevel=2)
-
-    def describe(self) -> str:
-        """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
-        graph = (self.rewritten or self.plain).graph
-        operators = sum(node.op.startswith("call") for node in graph.nodes)
-        dtype = "the model's dtype" if self.computation.autocast is None else dtype_text(self.computation.autocast)
-        check = "not checked" if self.error is None else f"error {self.error:.1e} (bound {self.bound:.0e})"
-        state = f"unrewritten: {self.reason}" if self.reason else "rewritten"
-        if self.compiled:
-            state = f"compiled for {' and for '.join(map(str, self.compiled))}"
-        head = (
-            f"segment {self.start}-{self.end}: backend {self.backend}, {operators} operators ({_calls(self.plain)} traced), "
-            f"{dtype}, {state}, {check}, built in {self.seconds * 1e3:.0f} ms"
-        )
-        uncompiled = [] if self.uncompiled is None else [f"  not compiled: {self.uncompiled}"]
-        return "\n".join([head, *_lines(self.outcomes), *uncompiled, *(f"  {note}" for note in self.notes)])
-
-
-@dataclass
-class Prefix:
-    """What runs for the frozen part: segments between depths. Printing it says all about it.
-
-    build_seconds: time spent so far on traces, splits, passes and self-checks.
-    """
-
-    depth: int
-    segments: tuple[Segment, ...]
-    build_seconds: float = 0.0
-
-    @property
-    def whole(self) -> bool:
-        """Whether it calls modules of the user's that may do more than compute."""
-        return any(segment.whole for segment in self.segments)
-
-    def __str__(self) -> str:
-        if not self.depth:
-            return "prefix: nothing is frozen"
-        if not self.segments:
-            return f"prefix: {self.depth} frozen units, built at the next forward"
-        return "\n".join(
-            [
-                f"prefix: {self.depth} frozen units, {self.build_seconds:.2f} s of building",
-                *(s.describe() for s in self.segments),
-            ]
-        )
-
-    __repr__ = __str__
 
 
 def build(
@@ -319,23 +271,3 @@ def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked) -> str | N
     if not segment.error <= segment.bound:
         return f"its relative error {segment.error:.2e} is past the bound {segment.bound:.0e}"
     return None
-
-
-def _calls(module: GraphModule) -> int:
-    return sum(node.op.startswith("call") for node in module.graph.nodes)
-
-
-def _lines(outcomes: list[Outcome]) -> Iterator[str]:
-    """A line for each thing that a pass did, and one for each place and reason."""
-    if not outcomes:
-        yield "  no pass found anything to rewrite"
-    kinds: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        kinds.setdefault((outcome.name, outcome.what), []).append(outcome)
-    for (name, what), group in kinds.items():
-        few = ", ".join(o.place for o in group[:3]) + (", ..." if len(group) > 3 else "")
-        yield f"  {name}: {len(group)} {what} ({few})"
-        reasons = [o for o in group if o.why]
-        yield from (f"    {o.place}: {o.why}" for o in reasons[:_REASONS])
-        if len(reasons) > _REASONS:
-            yield f"    and {len(reasons) - _REASONS} more, in the segment's outcomes"

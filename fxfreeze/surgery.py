@@ -23,7 +23,8 @@ from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import has_storage, kind_of
 from fxfreeze.likeness import same_constants, signature
-from fxfreeze.runtime import Computation, Prefix, Segment
+from fxfreeze.prefix import Prefix
+from fxfreeze.runtime import Computation, Segment
 from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership

@@ -9,7 +9,8 @@ from frozen import assert_as_original, casts_of, frozen_to, images, network
 
 import fxfreeze.builder
 from fxfreeze.fidelity import BOUNDS, relative_error
-from fxfreeze.runtime import Computation, Prefix, build
+from fxfreeze.prefix import Prefix
+from fxfreeze.runtime import Computation, build
 
 PRECISIONS = ["fp32", "bf16", "fp16", torch.float32, torch.bfloat16, torch.float16]
 

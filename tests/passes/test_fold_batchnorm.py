@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm, scale_shift
+from fxfreeze.prefix import describe
 from fxfreeze.rewrite import Outcome
 from fxfreeze.runtime import Segment
 
@@ -235,7 +236,7 @@ def test_becomes_a_scale_and_shift(name: str, dtype: torch.dtype) -> None:
     assert segment.rewritten is not None, segment.reason
     assert {(o.done, o.what) for o in segment.outcomes} == {(True, "made a scale and shift")}
     assert segment.outcomes[0].why == reason
-    assert f": {reason}" in segment.describe()
+    assert f": {reason}" in describe(segment)
     assert norms_run(lambda: segment(x)) == 0
     with torch.random.fork_rng():
         values = segment(x)[0]
@@ -277,7 +278,7 @@ def test_left_alone(name: str) -> None:
     segment = frozen(net, x, passes=[fold_batchnorm])
     assert segment.rewritten is not None
     assert [(o.done, o.what, o.why) for o in segment.outcomes] == [(False, "left alone", reason)]
-    assert f": {reason}" in segment.describe()
+    assert f": {reason}" in describe(segment)
     assert norms_run(lambda: segment(x)) == 1
     with torch.no_grad():
         assert torch.equal(segment(x)[0], net(x))

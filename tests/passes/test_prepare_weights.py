@@ -13,6 +13,7 @@ from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.passes.fold_batchnorm import fold_batchnorm
 from fxfreeze.passes.prepare_weights import prepare_weights
+from fxfreeze.prefix import describe
 from fxfreeze.runtime import Segment
 
 IMAGE = (5, 4, 10, 10)
@@ -169,7 +170,7 @@ def test_channels_last_where_it_pays(name: str) -> None:
     kernels = [k for k in kernels if not k.is_contiguous()]
     assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
     assert bool(kernels) is expected
-    assert ("channels_last" in segment.describe()) is expected
+    assert ("channels_last" in describe(segment)) is expected
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
