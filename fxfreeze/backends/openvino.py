@@ -3,6 +3,7 @@
 ``torch.compile(backend="openvino")`` is not used: it may fall back to TorchInductor in silence.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,12 +19,24 @@ from fxfreeze.sizes import dtype_text
 
 __all__ = ["compile", "here", "package"]
 
+_REMEDY = "pip install 'fxfreeze[openvino]'"
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def package() -> ModuleType:
-    """OpenVINO; raises ChoiceError, with the remedy, where it can't be imported."""
-    return optional("openvino", "pip install 'fxfreeze[openvino]'", ChoiceError)
+    """OpenVINO; raises ChoiceError, with the remedy, where it can't be imported.
+
+    Its telemetry, which forks a process to tell its makers of each import and conversion, is left out: OpenVINO takes a
+    stub of its own where the package is missing.
+    """
+    if "openvino" in sys.modules:
+        return optional("openvino", _REMEDY, ChoiceError)
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    try:
+        optional("openvino.tools.ovc.convert_impl", _REMEDY, ChoiceError)
+        return sys.modules["openvino"]
+    finally:
+        del sys.modules["openvino_telemetry"]
 
 
 def here() -> bool:
