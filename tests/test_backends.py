@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -43,10 +44,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "vgg": vgg,
     "mobilenet": mobilenet,
 }
+OPENVINO = (
+    pytest.mark.openvino,
+    pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed"),
+)
 NAMED = [
     "plain",
     "library",
-    pytest.param("openvino", marks=pytest.mark.skipif(not openvino.here(), reason="openvino is not installed")),
+    pytest.param("openvino", marks=OPENVINO),
     pytest.param("inductor", marks=pytest.mark.slow),
 ]
 
@@ -292,7 +297,8 @@ def test_what_no_compiler_is_given(first: type[nn.Conv2d], why: str, monkeypatch
     assert not asked.shapes
 
 
-@pytest.mark.skipif(not openvino.here(), reason="openvino is not installed")
+@pytest.mark.openvino
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 def test_openvino_reads_what_it_was_given() -> None:
     """Copies that it makes of its inputs live until it has read them."""
 
