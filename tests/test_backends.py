@@ -9,41 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
 from frozen import assert_as_original, frozen_to, images, network, settle
+from small_networks import NETWORKS
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxfreeze
-from fxfreeze import FreezableModel, FreezeOut, Milestones, zoo
+from fxfreeze import FreezableModel, FreezeOut, Milestones
 from fxfreeze.backends import BACKENDS, Backend, check_backend, openvino
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.imports import ChoiceError
 
-CLASSES = 5
-
-
-def built_in(name: str) -> nn.Module:
-    return zoo.load(name, num_classes=CLASSES, in_channels=3, image_size=8)
-
-
-def vgg() -> nn.Module:
-    features = torchvision.models.vgg.make_layers([8, 8, "M", 16, 16, "M"], batch_norm=True)
-    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
-
-
-def mobilenet() -> nn.Module:
-    stages = [[1, 8, 2, 1], [3, 16, 2, 2]]
-    return torchvision.models.MobileNetV2(CLASSES, inverted_residual_setting=stages, width_mult=0.5, dropout=0.0)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "densenet-bc": lambda: built_in("densenet-bc-4-16"),
-    "wrn": lambda: built_in("wrn-16-1"),
-    "resnet": lambda: built_in("resnet-14"),
-    "vgg": vgg,
-    "mobilenet": mobilenet,
-}
 OPENVINO = (
     pytest.mark.openvino,
     pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed"),

@@ -2,51 +2,22 @@
 training follows the original with its frozen part set to eval by hand."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from frozen import dispatched, settle
 from reference import put_in_eval
-from torch import Tensor, nn
+from small_networks import CLASSES, NETWORKS
+from torch import Tensor
 
 import fxfreeze
-from fxfreeze import FreezableModel, FreezeScheduler, Milestones, zoo
+from fxfreeze import FreezableModel, FreezeScheduler, Milestones
 from fxfreeze.fidelity import BOUNDS, relative_error
-
-CLASSES = 5
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 
-def built_in(name: str) -> nn.Module:
-    return zoo.load(name, num_classes=CLASSES, in_channels=3, image_size=8)
-
-
-def vgg() -> nn.Module:
-    features = torchvision.models.vgg.make_layers([8, 8, "M", 16, 16, "M"], batch_norm=True)
-    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES))
-
-
-def mobilenet() -> nn.Module:
-    stages = [[1, 8, 2, 1], [3, 16, 2, 2]]
-    return torchvision.models.MobileNetV2(CLASSES, inverted_residual_setting=stages, width_mult=0.5, dropout=0.0)
-
-
-def densenet_of_lists() -> nn.Module:
-    return torchvision.models.DenseNet(4, (2, 2), 16, bn_size=2, num_classes=CLASSES)
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "densenet-bc": lambda: built_in("densenet-bc-4-16"),
-    "densenet of lists": densenet_of_lists,
-    "wrn": lambda: built_in("wrn-16-1"),
-    "resnet": lambda: built_in("resnet-14"),
-    "vgg": vgg,
-    "mobilenet": mobilenet,
-}
 # What a kernel takes, in the names of ATen's operators.
 TAKEN = {
     "cat",
