@@ -76,7 +76,7 @@ def _segment(net: nn.Module, share: float, backend: str, x: Tensor) -> Segment:
     return segment
 
 
-def _by_hand(name: str, traced: GraphModule, x: Tensor) -> Callable[[], Tensor]:
+def _by_hand(name: str, traced: GraphModule, x: Tensor) -> Callable[[], object]:
     """The traced graph of the original's modules, as a user would make it fast."""
     graph = copy.deepcopy(traced).eval()
     if name == "OpenVINO":
@@ -93,7 +93,7 @@ def _by_hand(name: str, traced: GraphModule, x: Tensor) -> Callable[[], Tensor]:
     return functools.partial(graph, images)
 
 
-def _openvino(graph: GraphModule, x: Tensor) -> Callable[[], Tensor]:
+def _openvino(graph: GraphModule, x: Tensor) -> Callable[[], object]:
     """As its documentation says, with torch's number of threads and the dtype that torch computes in."""
     import openvino as ov
 

@@ -1,7 +1,7 @@
 """Whole trainings, freeze events included, by backend: is "auto" as fast as the best fixed one?
 
 ResNet-18 at 64 px and batch 32, random images, FreezeOut over all steps. The trainings go side by side, a step of each in
-turn. Not among them: "inductor", which spends more time building at each freeze than all of this takes.
+turn. Not among them: "inductor", which builds for seconds at each of the nine freezes.
 """
 
 import copy

@@ -38,7 +38,7 @@ class _Prior(NamedTuple):
     share: float
 
 
-# Before anything was measured. Medians of bench/results/*.json, rounded.
+# Guesses to start from: they decide what is built where nothing was measured yet, never what is chosen.
 _PRIORS = {
     "plain": _Prior(0.002, 1.0),
     "library": _Prior(0.003, 0.8),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxfreeze.effects import declared
 from fxfreeze.kernels.layouts import window_size
 from fxfreeze.kernels.reference import ACTIVATIONS
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["Steps", "cudnn_conv", "onednn_conv", "onednn_supports", "reordered", "unfused_conv"]
 
@@ -65,7 +66,7 @@ def onednn_supports(dtype: torch.dtype) -> str | None:
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     if dtype not in able or not able[dtype]():
-        return f"oneDNN has no {str(dtype).removeprefix('torch.')} convolutions for this processor"
+        return f"oneDNN has no {dtype_text(dtype)} convolutions for this processor"
     return None
 
 
@@ -107,8 +108,8 @@ def cudnn_conv(
     """The same by cuDNN, channels_last, for a ReLU; by two operators where it says NOT_SUPPORTED."""
     x = _channels_last(x, weight.dtype)
     case = (x.shape, x.dtype, weight.shape, bias is None, residual is None, steps)
-    sums = residual is not None and residual.shape != _shape(x, weight, steps)
-    if activation == "relu" and case not in _refused and not sums:
+    broadcast = residual is not None and residual.shape != _shape(x, weight, steps)
+    if activation == "relu" and case not in _refused and not broadcast:
         try:
             if residual is None:
                 return torch.cudnn_convolution_relu(x, weight, bias, *steps)
