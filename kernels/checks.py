@@ -66,7 +66,7 @@ def images(op: str, dim: int, **tensors: Tensor | None) -> None:
         if t.dim() != dim:
             layout = "(rows, channels)" if dim == 2 else "(N, C, H, W)"
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {layout}")
-        if t.shape[1] == 0:
+        if dim == 4 and t.shape[1] == 0:  # rows without channels are what PyTorch makes of them
             raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, and so no channels")
         if t.dtype not in _FLOATS:
             raise TypeError(f"{op}: {name} is {t.dtype}, expected one of {', '.join(map(str, _FLOATS))}")

@@ -36,6 +36,7 @@ def _refusals(name: str) -> list[tuple[Change, type[Exception], str]]:
         cases += [
             ({"x": lambda x: x[0]}, ValueError, "x has shape (8, 5, 4), expected (N, C, H, W)"),
             ({"x": Tensor.int}, TypeError, f"x is torch.int32, expected one of {floats}"),
+            ({"x": lambda x: x[:, :0]}, ValueError, "x has shape (2, 0, 5, 4), and so no channels"),
             ({"x": Tensor.contiguous}, ValueError, "the channels of x are 20 elements apart; pass x.to(memory_format="),
             ({"out": Tensor.contiguous}, ValueError, "pass out.to(memory_format=torch.channels_last)"),
             ({"out": lambda out: out[:, :, :-1]}, ValueError, "out has shape (2, "),
@@ -113,6 +114,11 @@ _OWN: dict[str, list[tuple[Change, type[Exception], str]]] = {
     "linear": [
         ({"weight": lambda w: w[:, :5]}, ValueError, "weight has shape (12, 5), expected (any, 8)"),
         ({"weight": lambda w: w[0]}, ValueError, "weight has shape (8,), expected (rows, channels)"),
+        (
+            {"x": lambda x: x[..., :0], "weight": lambda w: w[:, :0]},
+            ValueError,
+            "weight has shape (12, 0), and so no elements",
+        ),
         (
             {"weight": lambda w: w.t().contiguous().t()},
             ValueError,
