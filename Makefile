@@ -5,8 +5,6 @@ OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-# Apart: a worker that has compiled with OpenVINO does not survive the tests that press Ctrl-C in it.
-OPENVINO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist -m "openvino and not gpu" tests/test_backends.py
 # The same kernels in Triton's interpreter: it is chosen when triton is imported, so in a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
@@ -16,13 +14,11 @@ demo: $(VENV)/.cli
 	$(BIN)/fxfreeze compare
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow and not gpu and not openvino"
-	$(OPENVINO)
+	$(PYTEST) -m "not slow and not gpu"
 	$(INTERPRETED) -m "not slow and not gpu"
 
 test-all: $(VENV)/.test
-	$(PYTEST) -m "not gpu and not openvino"
-	$(OPENVINO)
+	$(PYTEST) -m "not gpu"
 	$(INTERPRETED) -m "not gpu"
 
 # Every kernel's machine code, for every architecture; and by the oldest triton that is meant to work.

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -20,10 +22,7 @@ from fxfreeze.backends import BACKENDS, Backend, check_backend, openvino
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.imports import ChoiceError
 
-OPENVINO = (
-    pytest.mark.openvino,
-    pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed"),
-)
+OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 NAMED = [
     "plain",
     "library",
@@ -273,8 +272,31 @@ def test_what_no_compiler_is_given(first: type[nn.Conv2d], why: str, monkeypatch
     assert not asked.shapes
 
 
-@pytest.mark.openvino
-@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+# Two models by OpenVINO, gone in the order they came.
+INTERRUPTED = """
+import signal
+import torch
+from fxfreeze.backends import openvino
+from torch import fx, nn
+kept = []
+for _ in range(2):
+    kept.append(openvino.compile(fx.symbolic_trace(nn.Sequential(nn.ReLU())), [torch.randn(2, 3)], None))
+kept.pop(0)
+kept.pop(0)
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@OPENVINO
+def test_ctrl_c_after_openvino_went() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("interrupted\n", 0)
+
+
+@OPENVINO
 def test_openvino_reads_what_it_was_given() -> None:
     """Copies that it makes of its inputs live until it has read them."""
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -69,7 +70,17 @@ def compile(
         exported = torch.export.export(module.float(), tuple(map(_float32, inputs)))
         model = openvino.convert_model(exported)
         model.reshape({i: tuple(x.shape) for i, x in enumerate(inputs)})
-    return _Request(openvino.Core().compile_model(model, "CPU", settings))
+    return _Request(_core().compile_model(model, "CPU", settings))
+
+
+@cache
+def _core() -> Any:
+    """One for the process, and never let go.
+
+    Each sets the thread's alternate signal stack and, when it goes, the one before it, which may be freed by then: after
+    two that went in the order they came, the next Ctrl-C ends the process by SIGSEGV.
+    """
+    return package().Core()
 
 
 def _dtype(module: GraphModule, autocast: torch.dtype | None) -> torch.dtype:
