@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxfreeze.backends import openvino
+from fxfreeze.cuda_graphs import AFTER
 from fxfreeze.fidelity import few_samples
 from fxfreeze.kernels import engine
 from fxfreeze.operators import op_of
@@ -142,13 +143,14 @@ def _medians(built: Sequence[Segment], inputs: Sequence[Any], budget: float) -> 
     """Seconds of a call by backend, and of what follows it: medians of as many turns as ``budget`` seconds allow."""
     seconds: dict[str, list[float]] = {segment.backend: [] for segment in built}
     few = few_samples(inputs) or inputs
+    warm_up = 1 if built[0].graphs is None else 1 + AFTER  # of recording too
     began = time.perf_counter()
-    for turn in range(_MOST + 1):
-        if turn > _FEWEST and time.perf_counter() - began > budget:
+    for turn in range(-warm_up, _MOST):
+        if turn >= _FEWEST and time.perf_counter() - began > budget:
             break
         for segment in built:
             took = _seconds(segment, segment, *inputs) + _seconds(segment, built[0].native, *few)
-            if turn:  # the first warms up
+            if turn >= 0:
                 seconds[segment.backend].append(took)
     return {name: statistics.median(took) for name, took in seconds.items()}
 

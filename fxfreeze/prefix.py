@@ -58,7 +58,9 @@ def describe(segment: Segment) -> str:
         f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {segment.seconds * 1e3:.0f} ms"
     )
     uncompiled = [] if segment.uncompiled is None else [f"  not compiled: {segment.uncompiled}"]
-    return "\n".join([head, *_lines(segment.outcomes), *uncompiled, *(f"  {note}" for note in segment.notes)])
+    launched = [f"  {segment.graphs}"] if segment.graphs is not None and str(segment.graphs) else []
+    notes = [f"  {note}" for note in segment.notes]
+    return "\n".join([head, *_lines(segment.outcomes), *uncompiled, *launched, *notes])
 
 
 def _calls(module: GraphModule) -> int:

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 
 from fxfreeze.backends import Backend
 from fxfreeze.backends.compiled import Compiled, Compiler, unrepeatable
+from fxfreeze.cuda_graphs import CudaGraphs, graphs_on
 from fxfreeze.fidelity import TF32_BOUND, Recorder, bound_of, cut_like, reference, relative_error
 from fxfreeze.layouts import Layouts, is_transformed
 from fxfreeze.passes.fused_conv import onednn_conv
@@ -79,6 +80,7 @@ class Segment:
     backend: str = "plain"
     undecided: bool = False  # whether other backends may still be tried
     swallows_nan: bool = False  # ReLUs of oneDNN and of compiled code make a number of it
+    graphs: CudaGraphs | None = None  # what launches the kernels, where they can be recorded
     trained: bool = False  # whether it has met a training batch
     on_drop: Callable[["Segment"], None] = lambda _: None  # told when something that ran before fails
     layouts: Layouts = field(init=False)
@@ -108,14 +110,12 @@ class Segment:
                 return tuple(self.plain.forward(*inputs))
             if (compiled := self.compiled_for(inputs)) is not None:
                 try:
-                    with self.computation.context():
-                        return compiled(*inputs)
+                    return self._run(compiled, inputs)
                 except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
                     self._drop("compiled", error, "It runs uncompiled")
             if self.rewritten is not None:
                 try:
-                    with self.computation.context():
-                        return tuple(self.rewritten.forward(*inputs))
+                    return self._run(self.rewritten.forward, inputs)
                 except Exception as error:
                     if not self.repeatable:
                         raise
@@ -123,6 +123,10 @@ class Segment:
                     self._drop("rewritten", error, "The plain graph runs instead")
                     return outputs
             return tuple(self.plain.forward(*inputs))
+
+    def _run(self, function: Callable[..., Sequence[Any]], inputs: Sequence[Any]) -> tuple[Any, ...]:
+        with self.computation.context():
+            return tuple(function(*inputs)) if self.graphs is None else self.graphs(function, inputs)
 
     def compiled_for(self, inputs: Sequence[Any]) -> Compiled | None:
         """The compiled code that takes such inputs."""
@@ -136,6 +140,7 @@ class Segment:
 
     def _drop(self, what: str, error: Exception, instead: str) -> None:
         reason = f"running it failed: {type(error).__name__}: {error}"
+        self.graphs = None
         if self.compiled:
             self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
@@ -175,6 +180,7 @@ def build(
                 segment.uncompiled = _compile(segment, graph, backend.compiler, given, (samples, expected))
             fused = any(node.target is onednn_conv for node in graph.graph.nodes)
             segment.swallows_nan = computation.device == "cpu" and (fused or bool(segment.compiled))
+            segment.graphs = graphs_on(computation.device) if segment.repeatable else None
     segment.seconds = time.perf_counter() - began
     return segment
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxfreeze.effects import Memory
 from fxfreeze.layouts import kind_of
 
-__all__ = ["Compiled", "Compiler", "unrepeatable"]
+__all__ = ["Compiled", "Compiler", "kinds_of", "unrepeatable"]
 
 # Of a graph, the tensors of one call, and autocast's dtype or None: the same for tensors of these shapes. What it raises is
 # why it can't.
@@ -44,11 +44,11 @@ class Compiled:
         if (node := _integer(graph)) is not None:
             raise ValueError(f"{node.name} computes integers, which compiled code may index by, or round, unchecked")
         with _one_at_a_time:
-            return cls(compiler(_self_contained(graph), inputs, autocast), _kinds(inputs))
+            return cls(compiler(_self_contained(graph), inputs, autocast), kinds_of(inputs))
 
     def takes(self, inputs: Sequence[Any]) -> bool:
         """Whether it is for these; while Dynamo traces, it is for none, for Dynamo compiles the graph itself."""
-        return not torch.compiler.is_compiling() and _kinds(inputs) == self.kinds
+        return not torch.compiler.is_compiling() and kinds_of(inputs) == self.kinds
 
     def __str__(self) -> str:
         return ", ".join("x".join(map(str, shape)) for _, shape, _ in self.kinds)
@@ -57,7 +57,7 @@ class Compiled:
         return tuple(self.function(*inputs))
 
 
-def _kinds(inputs: Sequence[Any]) -> tuple[Any, ...]:
+def kinds_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
     return tuple([(kind_of(x), x.shape, x.stride()) if isinstance(x, Tensor) else x for x in inputs])
 
 
