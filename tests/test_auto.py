@@ -62,6 +62,12 @@ class Timed(Segment):
 
 
 GRAPH = plain_graph(network(), images())
+PRIORS = {
+    "plain": auto._Prior(0.002, 1.0),
+    "library": auto._Prior(0.003, 0.8),
+    "openvino": auto._Prior(0.02, 0.7),
+    "inductor": auto._Prior(0.15, 0.75),
+}
 
 
 @pytest.fixture
@@ -73,8 +79,9 @@ Contest = Callable[..., tuple[Segment, list[str]]]
 
 
 @pytest.fixture
-def contest(clock: Clock, timings: Timings) -> Contest:
+def contest(clock: Clock, timings: Timings, monkeypatch: pytest.MonkeyPatch) -> Contest:
     """Runs ``choose`` among segments of given times; returns its choice, and what it built."""
+    monkeypatch.setattr(auto, "_PRIORS", PRIORS)
 
     def run(first: dict[str, Any], rivals: dict[str, dict[str, Any]], steps: float, case: str = "case") -> Any:
         built: list[str] = []
