@@ -33,14 +33,10 @@ class Prefix:
     def __str__(self) -> str:
         if not self.depth:
             return "prefix: nothing is frozen"
+        frozen = f"prefix: {self.depth} frozen unit{'s' if self.depth > 1 else ''}"
         if not self.segments:
-            return f"prefix: {self.depth} frozen units, built at the next forward"
-        return "\n".join(
-            [
-                f"prefix: {self.depth} frozen units, {self.build_seconds:.2f} s of building",
-                *map(describe, self.segments),
-            ]
-        )
+            return f"{frozen}, built at the next forward"
+        return "\n".join([f"{frozen}, {self.build_seconds:.2f} s of building", *map(describe, self.segments)])
 
     __repr__ = __str__
 
