@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from bench.candidates import PUBLISHED, SHORTER, parted
 from fxfreeze.compare import Row
@@ -68,10 +69,10 @@ class Standing:
         return self.margin is not None and self.half_width is not None and self.margin.mean > self.half_width
 
 
-def frontier(seed: Seed) -> list[tuple[float, float]]:
-    """(share of plain's steps, validation accuracy) of each length of plain; steps of equal code take equal time."""
+def frontier(seed: Seed, split: Literal["validation", "test"] = "validation") -> list[tuple[float, float]]:
+    """(share of plain's steps, accuracy) of each length of plain; steps of equal code take equal time."""
     lengths = [figures for name, figures in seed.items() if name == "plain" or name.startswith(SHORTER)]
-    return sorted((figures.steps / seed["plain"].steps, figures.validation) for figures in lengths)
+    return sorted((figures.steps / seed["plain"].steps, getattr(figures, split)) for figures in lengths)
 
 
 def accuracy_at(points: Sequence[tuple[float, float]], share: float) -> float | None:
@@ -160,14 +161,13 @@ def verdict(seeds: Sequence[Seed], confirmation: Confirmation | None) -> str:
     first = leader(found)
     if first is None:
         return f"None wins: {_nearest(found)}."
-    led = f"led {len(found)} candidates by {_points(first)} of validation accuracy over plain cut to its time"
+    best = f"the best of {len(found)} on these seeds, at {_points(first)} of validation accuracy over plain cut to its time"
     if confirmation is None or confirmation.name != first.name:
-        return (
-            f"{first.name} {led}; the best of several is flattered by luck, and the fresh seeds that tell were not run."
-        )
+        return f"{first.name} is {best}; luck flatters the best of several, and the fresh seeds that tell were not run."
+    heard = f"{confirmation.verdict} {confirmation.caution}"
     if confirmation.won:
-        return f"{first.name} wins: it {led}, and so on fresh seeds. {confirmation.verdict} {confirmation.caution}"
-    return f"None wins: {first.name} {led}, but not on fresh seeds. {confirmation.verdict} {confirmation.caution}"
+        return f"{first.name} wins. It was {best}; then on fresh seeds: {heard}"
+    return f"None wins. {first.name} was {best}; but on fresh seeds: {heard}"
 
 
 def _nearest(found: Sequence[Standing]) -> str:

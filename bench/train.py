@@ -8,6 +8,7 @@ seeds, and writes the figures, and a picture beside them. With the same --out it
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -120,8 +121,8 @@ def _numbers(option: str, text: str, count: int | None = None) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or count not in (None, len(numbers)) or min(numbers) <= 0:
-        raise ChoiceError(f"{option} is {text!r}; expected {count or 'some'} numbers above 0, with commas between")
+    if not numbers or count not in (None, len(numbers)) or not all(0 < number < math.inf for number in numbers):
+        raise ChoiceError(f"{option} is {text!r}; expected {count or 'some'} numbers above 0")
     return numbers
 
 
@@ -188,14 +189,16 @@ def _parser() -> Parser:
         "--epochs", type=_whole, metavar="N", help="of plain training (default: 30 on a GPU, 4 on a CPU)"
     )
     parser.add_argument("--batch-size", type=_whole, metavar="N", help="(default: 128 on a GPU, 32 on a CPU)")
-    parser.add_argument("--lr", type=float, default=0.1, metavar="RATE", help="(default: %(default)s)")
+    parser.add_argument("--lr", type=_positive, default=0.1, metavar="RATE", help="(default: %(default)s)")
     parser.add_argument("--samples", metavar="TRAIN,VAL,TEST", help="default: all on a GPU, 4000,1000,2000 on a CPU")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: %(default)s)"
     )
     parser.add_argument("--threads", type=_whole, metavar="N", help="CPU threads (default: torch's)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop in time; the same command goes on from there")
+    parser.add_argument(
+        "--minutes", type=_positive, metavar="M", help="stop in time; the same command goes on from there"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("end-to-end.json"), metavar="FILE", help="(default: %(default)s)"
     )
@@ -207,6 +210,13 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        return _numbers("it", text, 1)[0]
+    except ChoiceError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":
