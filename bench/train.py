@@ -171,7 +171,7 @@ def _report(searches: dict[str, Search], out: Path) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", required=True, metavar="FILE.npz|ROOT", help="see --data npz:FILE, or torchvision's root"
+        "--data", required=True, metavar="FILE.npz|ROOT", help="x_train, y_train, x_test, y_test; or torchvision's root"
     )
     parser.add_argument(
         "--networks", metavar="NAMES", help="with commas; default: the paper's on a GPU, small ones on a CPU"

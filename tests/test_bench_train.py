@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_cifar import make
 from tiny import SETTINGS, Log, after, arena, never
 
 from bench import end_to_end, train
@@ -405,6 +406,14 @@ def test_no_seed_is_begun_that_would_not_end_in_time(
     assert "Not begun for want of time: resnet-8, seed 1." in captured.err
     assert "None wins by one seed" in captured.out
     assert list(json.loads(out.read_text())["networks"]["resnet-8"]["seeds"]) == ["0"]
+
+
+def test_the_files_of_torchvision_are_taken_too(tmp_path: Path, out: Path) -> None:
+    make(tmp_path, "cifar10")
+    found = train._searches(train._parser().parse_args(options(str(tmp_path), out)))
+    task = found["resnet-8"].task
+    assert (task.data, task.num_classes, task.image_size) == ("cifar10", 10, 32)
+    assert [len(split.labels) for split in (task.train, task.val, task.test)] == [96, 12, 30]
 
 
 @pytest.mark.parametrize(
