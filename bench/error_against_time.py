@@ -21,7 +21,7 @@ def picture(networks: Mapping[str, Sequence[Seed]]) -> Figure:
     """networks: the whole seeds of each, one at least."""
     columns = min(MOST_COLUMNS, len(networks))
     rows = -(-len(networks) // columns)
-    figure, panels = styled(4.4 * rows + 0.8, rows=rows, columns=columns, ratios=(1,) * max(rows, columns))
+    figure, panels = styled(4.4 * rows + 0.8, rows=rows, columns=columns)
     numbers = _numbers(networks)
     for axes, (network, seeds) in zip(panels, networks.items(), strict=False):
         _panel(axes, network, seeds, numbers)

@@ -178,7 +178,7 @@ def as_svg(figure: Figure) -> str:
 
 
 def styled(
-    height: float, *, rows: int = 1, columns: int = 1, ratios: tuple[int, ...] = (1,), sharex: bool = False
+    height: float, *, rows: int = 1, columns: int = 1, ratios: tuple[int, ...] | None = None, sharex: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of the page's width and `height` inches, and its axes in the page's style."""
     figure = Figure(figsize=(9.6, height), layout="constrained")

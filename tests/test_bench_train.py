@@ -183,6 +183,14 @@ def test_the_claim_is_drawn_at_its_time_and_error(network: str, saved: float, er
     assert claim("timm:other") is None
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_panel_a_network(count: int) -> None:
+    figure = picture({f"net {i}": three(ours=(0.75, 0.70)) for i in range(count)})
+    figure.draw_without_rendering()
+    shown = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+    assert shown == [f"net {i}  (3 seeds)" for i in range(count)]
+
+
 # ---- candidates
 
 
