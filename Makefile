@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The same kernels in Triton's interpreter: it is chosen when triton is imported, so in a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-.PHONY: demo test test-all aot aot-oldest lint bench clean
+.PHONY: demo test test-all aot aot-oldest lint bench bench-train clean
 
 demo: $(VENV)/.cli
 	$(BIN)/fxfreeze compare
@@ -40,6 +40,10 @@ BENCH ?= bench
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest $(BENCH) -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
 		--benchmark-columns=min,median,max,stddev,rounds --benchmark-group-by=group $(if $(JSON),--benchmark-json=$(JSON))
+
+# DATA: a .npz, or the folder of torchvision's CIFAR-10; OPTIONS: see python -m bench.train --help
+bench-train: $(VENV)/.test
+	$(BIN)/python -m bench.train --data $(DATA) $(OPTIONS)
 
 # torch first and by its exact version: a looser requirement may pull another build.
 $(VENV)/.cli: pyproject.toml constraints.txt

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from fxfreeze import cifar, folder
+from fxfreeze import archive, cifar, folder
 from fxfreeze.images import DataError, Images, standardise, stratified
 from fxfreeze.imports import call, optional, resolve
 
@@ -24,6 +24,7 @@ FORMS: dict[str, str] = {
     "digits": "1,797 images of digits, 8 x 8, 10 classes, from scikit-learn: 60% / 20% / 20%",
     "cifar10": "CIFAR-10, 32 x 32 RGB, from torchvision's files: 45,000 / 5,000 / 10,000",
     "cifar100": "CIFAR-100, likewise",
+    "npz:FILE": "uint8 images x_train, x_test and labels y_train, y_test; a tenth of train becomes val",
     "folder:PATH": "images in one subfolder a class, or in such folders under train, val and test",
     "package.module:callable": "your own: returns a Data, or three pairs (images, labels) of tensors",
 }
@@ -71,6 +72,8 @@ def load(name: str, *, root: str | None = None, download: bool = False, seed: in
         raise DataError(f"no data set is named {name!r}; expected one of {', '.join(FORMS)}")
     if kind == "folder":
         return _assemble(name, folder.load(rest))
+    if kind == "npz":
+        return _assemble(name, archive.load(rest))
     offered = {"root": root, "download": download, "seed": seed}
     return _from_callable(name, call(resolve(name, DataError), name, offered, DataError))
 

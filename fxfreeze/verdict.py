@@ -120,15 +120,15 @@ def accuracy(trials: Sequence[Trial]) -> str:
     pair = _pair(trials)
     if pair is None:
         return ""
-    gap, margin = _gap(trials, pair)
+    ahead, margin = gap(trials, pair)
     ours, theirs = (average([trial.rows[name].test for trial in trials]).show(".1%") for name in pair)
     lengths = [trial.rows[pair[1]].planned / trial.rows["plain"].planned for trial in trials]
     # Where freezing cost more than plain training, as much time buys plain more steps, not fewer.
     rival = "simply training for fewer steps" if statistics.fmean(lengths) < 1 else "plain training for as long"
     where = "here" if len(trials) > 1 else "in this one run"
-    if abs(gap) <= margin:
+    if abs(ahead) <= margin:
         return f"Freezing gained nothing {where}: {rival} tied, {theirs} test accuracy against {ours} at equal time."
-    if gap < 0:
+    if ahead < 0:
         return f"Freezing lost {where}: {rival} was better, {theirs} test accuracy against {ours} at equal time."
     return f"Freezing won {where}: {ours} test accuracy against {theirs} for {rival} at equal time."
 
@@ -139,7 +139,7 @@ def caution(trials: Sequence[Trial]) -> str:
     pair = _pair(whole)
     if pair is None:
         return ""
-    points = f"{100 * _gap(whole, pair)[1]:.1f} points"
+    points = f"{100 * gap(whole, pair)[1]:.1f} points"
     if len(whole) == 1:
         return (
             f"One seed: gaps up to {points} are the test set's noise, and luck between seeds is unknown; try --seeds 5."
@@ -149,12 +149,7 @@ def caution(trials: Sequence[Trial]) -> str:
     return f"{len(whole)} seeds: mean gaps up to {points} are within the seeds' spread and the test set's noise."
 
 
-def _pair(trials: Sequence[Trial]) -> tuple[str, str] | None:
-    """The freezing row and its rival that all trials have."""
-    return next((pair for pair in PAIRS if trials and all(trial.rows.keys() >= set(pair) for trial in trials)), None)
-
-
-def _gap(trials: Sequence[Trial], pair: tuple[str, str]) -> tuple[float, float]:
+def gap(trials: Sequence[Trial], pair: tuple[str, str]) -> tuple[float, float]:
     """(mean test accuracy of the pair's first less the second's, half width of its 95% interval).
 
     The wider of two intervals: over seeds, from the paired differences; over the test set, from the samples on which
@@ -165,9 +160,18 @@ def _gap(trials: Sequence[Trial], pair: tuple[str, str]) -> tuple[float, float]:
     differ = sum(int((ours.correct != theirs.correct).sum()) for ours, theirs in pairs)
     margin = 1.96 * math.sqrt(max(1, differ)) / sum(len(ours.correct) for ours, _ in pairs)
     if len(gaps) > 1:
-        t = T_95[min(len(gaps) - 1, max(T_95))]
-        margin = max(margin, t * statistics.stdev(gaps) / math.sqrt(len(gaps)))
+        margin = max(margin, half_width(gaps))
     return statistics.fmean(gaps), margin
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95% interval of their mean; two values at least."""
+    return T_95[min(len(values) - 1, max(T_95))] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _pair(trials: Sequence[Trial]) -> tuple[str, str] | None:
+    """The freezing row and its rival that all trials have."""
+    return next((pair for pair in PAIRS if trials and all(trial.rows.keys() >= set(pair) for trial in trials)), None)
 
 
 def _summary(rows: Sequence[Row], plains: Sequence[Row | None]) -> Summary:
