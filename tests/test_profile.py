@@ -116,9 +116,12 @@ def test_a_compiled_model_is_left_as_frozen_as_it_was() -> None:
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_compiled_model_says_units_backend_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    schedule = fxfreeze.FreezeOut(10)
-    model = fxfreeze.compile(Tiny(), schedule, units=["stem", "block2", "fc"], backend="plain", precision="bf16")
+@pytest.mark.parametrize(("precision", "autocast"), [(None, None), ("bf16", torch.bfloat16)])
+def test_a_compiled_model_says_units_backend_and_precision(
+    precision: str | None, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = ["stem", "block2", "fc"]
+    model = fxfreeze.compile(Tiny(), fxfreeze.FreezeOut(10), units=named, backend="plain", precision=precision)
     seen, build = set(), fxfreeze.builder.build
 
     def spy(span: Any, plain: Any, inputs: Any, computation: Any, *rest: Any, **more: Any) -> Any:
@@ -129,8 +132,12 @@ def test_a_compiled_model_says_units_backend_and_precision(monkeypatch: pytest.M
     given = profile(model, BATCH, **QUICK)
     assert given.units == tuple(unit.name for unit in model.units)
     assert len(given.units) == 3
-    assert [each.backend for each in given.iterations] == [None, "plain", "plain"]
-    assert seen == {torch.bfloat16}
+    assert [each.backend for each in given.iterations] == [
+        None,
+        "plain",
+        "plain",
+    ]  # "auto" would take "library" in fp32
+    assert seen == {autocast}
 
 
 def test_the_callers_autocast_holds() -> None:
@@ -261,3 +268,16 @@ def test_the_trace_names_units_within_each_iteration(tmp_path: Path) -> None:
         assert all(inside(each, forward) for each in units)
         for earlier, later in itertools.pairwise(units):
             assert earlier["ts"] + earlier["dur"] <= later["ts"]
+
+
+def test_nothing_is_traced_while_the_profiler_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an iteration does only once is not in its picture."""
+    looking, trace = [], fxfreeze.trace.trace
+
+    def spy(*given: Any) -> Any:
+        looking.append(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+        return trace(*given)
+
+    monkeypatch.setattr("fxfreeze.watched.trace", spy)
+    profile(three_linear(), flat_batch(), depths=[0], trace=tmp_path / "trace.json", **QUICK)
+    assert looking == [False]
