@@ -17,6 +17,7 @@ from fxfreeze.sizes import seconds_text
 __all__ = ["explain"]
 
 _CLEARLY = 2  # standard errors
+_ROUNDING = 0.01  # relative; what is no further apart prints alike
 
 
 class _Cause(NamedTuple):
@@ -49,10 +50,10 @@ def explain(iterations: Sequence[Iteration], units: Sequence[str], flops: Sequen
         )
     causes = [cause for cause in _causes(unfrozen, worst, flops) if cause.seconds * off > 0]
     largest = max(causes, key=lambda cause: abs(cause.seconds))
-    sign = "+" if off > 0 else "-"
+    sign, outweighed = "+" if off > 0 else "-", abs(largest.seconds) > (1 + _ROUNDING) * abs(off)
     return (
-        f"The largest disagreement: {figures}. Its largest cause, {sign}{seconds_text(abs(largest.seconds))} of "
-        f"{sign}{seconds_text(abs(off))}: {largest.evidence}."
+        f"The largest disagreement: {figures}. Its largest cause, {sign}{seconds_text(abs(largest.seconds))}"
+        f"{', which others bring to' if outweighed else ' of'} {sign}{seconds_text(abs(off))}: {largest.evidence}."
     )
 
 

@@ -74,7 +74,8 @@ class Profile:
 
     def conditions(self) -> str:
         """What was measured, where, and how often."""
-        return f"batch {self.batch}, {self.device}, {self.threads} threads, mean of the middle half of {self.rounds} rounds"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"batch {self.batch}, {self.device}, {threads}, mean of the middle half of {self.rounds} rounds"
 
     def plot(self, path: str | Path) -> None:
         """Draw the staircase, measured parts stacked and the prediction as a line, to an image file (format by suffix)."""

@@ -123,6 +123,11 @@ def test_the_largest_disagreement_of_all_depths_either_way() -> None:
     assert "Its largest cause, -5.0 s of -5.0 s: the units that are live here" in text
 
 
+def test_a_cause_that_others_make_up_for() -> None:
+    text = make_profile(UNFROZEN, replace(AS_PREDICTED, prefix=8.0, backward=8.0)).explanation()
+    assert "Its largest cause, +7.0 s, which others bring to +5.0 s: freezing changed the forward" in text
+
+
 @pytest.mark.parametrize(("scatter", "certain"), [(0.1, True), (4.0, False)])
 def test_scatter_is_told_from_a_disagreement(scatter: float, certain: bool) -> None:
     """One second off, of 16 rounds: quartiles 4 seconds apart leave an error of about one."""
@@ -174,6 +179,7 @@ def test_the_table_says_what_was_measured_and_explains() -> None:
     text = " ".join(console.export_text().split())
     assert "batch 4, a chip, 2 threads, mean of the middle half of 16 rounds" in text
     assert given.explanation() in text
+    assert "a chip, 1 thread, mean" in replace(given, threads=1).conditions()
 
 
 def bars(parts: Sequence[Parts]) -> dict[str, list[tuple[float, float]]]:
