@@ -10,7 +10,8 @@ from matplotlib.ticker import PercentFormatter
 from bench.candidates import FORMS, parted
 from bench.end_to_end_report import claim
 from bench.time_to_accuracy import Seed, Standing, frontier, standings
-from fxfreeze.pictures import COLOURS, INK, MARKERS, styled
+from fxfreeze.canvas import INK, styled_figure
+from fxfreeze.pictures import COLOURS, MARKERS
 
 CLAIM = "#E8B923"
 PLAIN = COLOURS["plain"]
@@ -21,7 +22,7 @@ def picture(networks: Mapping[str, Sequence[Seed]]) -> Figure:
     """networks: the whole seeds of each, one at least."""
     columns = min(MOST_COLUMNS, len(networks))
     rows = -(-len(networks) // columns)
-    figure, panels = styled(4.4 * rows + 0.8, rows=rows, columns=columns)
+    figure, panels = styled_figure(4.4 * rows + 0.8, rows=rows, columns=columns)
     numbers = _numbers(networks)
     for axes, (network, seeds) in zip(panels, networks.items(), strict=False):
         _panel(axes, network, seeds, numbers)

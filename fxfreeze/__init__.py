@@ -6,6 +6,8 @@ from fxfreeze.cost import Plan, plan
 from fxfreeze.inputs import TraceRefusal
 from fxfreeze.model import FreezableModel, compile
 from fxfreeze.optim import FreezeScheduler, scaler_step
+from fxfreeze.profiled import Profile
+from fxfreeze.profiling import profile
 from fxfreeze.schedule import FreezeOut, Milestones
 from fxfreeze.stored import Boundary
 from fxfreeze.units import Unit
@@ -21,10 +23,12 @@ __all__ = [
     "FreezeScheduler",
     "Milestones",
     "Plan",
+    "Profile",
     "TraceRefusal",
     "Unit",
     "compile",
     "plan",
+    "profile",
     "scaler_step",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `fxfreeze compare`, `fxfreeze train`, `fxfreeze plan`, `fxfreeze cache`, `fxfreeze kernels`."""
+"""The command line: `fxfreeze compare`, `train`, `plan`, `profile`, `cache` and `kernels`."""
 
 import argparse
 import dataclasses
@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from fxfreeze import cache_commands, checkpoint, commands, data, kernel_commands, zoo
+from fxfreeze import cache_commands, checkpoint, commands, data, kernel_commands, profile_commands, zoo
 from fxfreeze.imports import ChoiceError
 from fxfreeze.inputs import TraceRefusal
+from fxfreeze.profiling import MOST_DEPTHS, ROUNDS
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
 from fxfreeze.task import prepare
 from fxfreeze.train import PRECISIONS
@@ -39,6 +40,11 @@ DEFAULTS: dict[str, Any] = {
     "show_graph": False,
     "depth": None,
     "backend": "library",
+    "depths": None,
+    "rounds": ROUNDS,
+    "json": None,
+    "plot": None,
+    "trace": None,
     **dataclasses.asdict(Settings()),
 }
 MISUSE = 2
@@ -93,6 +99,9 @@ def _run(verb: str, given: dict[str, Any], command: str) -> int:
         return commands.run_graph(task, settings, depth=options.depth, backend=options.backend)
     if verb == "plan":
         return commands.run_plan(task, settings, out=out)
+    if verb == "profile":
+        chosen = {name: getattr(options, name) for name in ("depths", "rounds", "json", "plot", "trace", "progress")}
+        return profile_commands.run(task, settings, **chosen)
     if verb == "train":
         return commands.run_train(
             task,
@@ -132,7 +141,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"fxfreeze {version('fxfreeze')}")
     verbs = parser.add_subparsers(
-        dest="verb", required=True, metavar="compare|train|plan|cache|kernels", parser_class=Parser
+        dest="verb", required=True, metavar="compare|train|plan|profile|cache|kernels", parser_class=Parser
     )
     compare = _verb(verbs, "compare", "train by several recipes, interleaved, and report which was worth its time")
     train = _verb(verbs, "train", "train once, with --save and --resume")
@@ -153,6 +162,7 @@ def _parser() -> Parser:
     )
     backends = ("plain", "library", "triton")
     plan.add_argument("--backend", choices=backends, help="whose passes --show-graph runs (default: library)")
+    _add_profile(_verb(verbs, "profile", "what an iteration takes by depth, measured and predicted"))
     about = "activations on disk: list them, check them, remove them"
     cache_commands.add_actions(_verb(verbs, "cache", about), _verb)
     about = "the fused kernels: their machine code, and which tiles are fastest here"
@@ -233,6 +243,21 @@ def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, as what it was begun as")
 
 
+def _add_profile(verb: argparse.ArgumentParser) -> None:
+    _add_task(verb)
+    group = verb.add_argument_group("what is measured")
+    group.add_argument("--batch-size", type=_whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
+    group.add_argument("--seed", type=_whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
+    few = f"units frozen, comma-separated (default: all, or {MOST_DEPTHS} evenly spread); 0 is always measured"
+    group.add_argument("--depths", type=_wholes, metavar="N,N", help=few)
+    group.add_argument("--rounds", type=_whole(1), metavar="N", help=_with_default("rounds", "turns of each depth"))
+    verb.add_argument("--json", type=_file, metavar="FILE", help="write the figures, in seconds")
+    verb.add_argument("--plot", type=_file, metavar="FILE", help="draw the staircase (.png, .svg, .pdf)")
+    about = "write a Chrome trace of an iteration at each depth, its ranges named by unit"
+    verb.add_argument("--trace", type=_file, metavar="FILE", help=about)
+    verb.add_argument("--no-progress", dest="progress", action="store_false", help="show nothing while measuring")
+
+
 def _with_default(name: str, about: str) -> str:
     return f"{about} (default: {DEFAULTS[name]})".strip()
 
@@ -244,6 +269,10 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _wholes(text: str) -> list[int]:
+    return [_whole(0)(part) for part in text.split(",")]
 
 
 def _number(least: float, most: float = math.inf, *, zero: bool = False) -> Callable[[str], float]:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.utils.flop_counter import FlopCounterMode
 
+from fxfreeze.counting import count, forward_costs
 from fxfreeze.model import FreezableModel, traces_of
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.schedule import Schedule
-from fxfreeze.split import as_module, split
-from fxfreeze.trace import Traced
-from fxfreeze.units import Ownership, Unit, find_units
+from fxfreeze.split import split
+from fxfreeze.units import Unit, find_units
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -172,17 +170,11 @@ def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | d
     tensors = [
         t for t in torch.utils._pytree.tree_leaves((args, example_inputs if not args else {})) if isinstance(t, Tensor)
     ]
-    count = len(ownership.units)
-    flops, saved = [0] * count, [0] * count
-    with random_state_kept(), torch.enable_grad():
-        training = _count(net.train(), traces[0], tensors)
-    for name, owner in _owners(traces[0], ownership).items():
-        flops[owner] += training.flops[name]
-        saved[owner] += training.saved[name]
+    flops, saved = forward_costs(net, traces[0], ownership, tensors)
     with random_state_kept(), torch.no_grad():
-        frozen = _count(net.eval(), traces[1], tensors)
+        frozen = count(net.eval(), traces[1], tensors)
     batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-    cuts = [split(net, traces[1], ownership, depth).boundary for depth in range(1, count)]
+    cuts = [split(net, traces[1], ownership, depth).boundary for depth in range(1, len(ownership.units))]
     boundary = [sum(frozen.sizes[name] for name in names) // batch for names in cuts]
     return Plan(
         units=ownership.units,
@@ -195,49 +187,3 @@ def plan(net: nn.Module, schedule: Schedule, example_inputs: tuple[Any, ...] | d
         total_steps=getattr(schedule, "total_steps", None),
         batch=batch,
     )
-
-
-class _Counter(Interpreter):
-    """Runs a graph once and counts, by node name: FLOPs, bytes saved for the backward, and bytes of the value."""
-
-    def __init__(self, module: GraphModule):
-        super().__init__(module)
-        self.flops: dict[str, int] = {}
-        self.saved: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
-        self._seen = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        self._kept: list[Tensor] = []  # alive, so that no address is counted twice
-
-    def run_node(self, n: Node) -> Any:
-        self.saved[n.name] = 0
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._seen:  # what several operators keep is held once
-                self._seen.add(storage.data_ptr())
-                self._kept.append(tensor)
-                self.saved[n.name] += storage.nbytes()
-            return tensor
-
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            value = super().run_node(n)
-        self.flops[n.name] = counter.get_total_flops()
-        self.sizes[n.name] = value.nbytes if isinstance(value, Tensor) else 0
-        return value
-
-
-def _count(net: nn.Module, traced: Traced, tensors: list[Tensor]) -> _Counter:
-    graph = Graph()
-    graph.output(graph.graph_copy(traced.graph, {}))
-    counter = _Counter(as_module(net, graph, traced.constants))
-    counter.run(*tensors)
-    return counter
-
-
-def _owners(traced: Traced, ownership: Ownership) -> dict[str, int]:
-    """The unit of every node; an operator outside all units counts with the unit whose output it works on."""
-    owners: dict[Node, int] = {}
-    for node in traced.graph.nodes:
-        own = ownership.of(node)
-        owners[node] = own if own >= 0 else max((owners[n] for n in node.all_input_nodes), default=0)
-    return {node.name: owner for node, owner in owners.items()}

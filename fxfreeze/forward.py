@@ -63,7 +63,7 @@ class Forward:
             if plan.chain.prefix.whole:
                 derived.look_again()  # what modules kept whole wrote into their own buffers is nobody else's change
             if boundary is not None:
-                return pytree.tree_unflatten(plan.suffix(*boundary), plan.outputs)
+                return self.live(plan, boundary)
         if call.batch is not None:
             return self(derived, *call.fetched(call.batch))
         self._show(call)
@@ -95,6 +95,10 @@ class Forward:
         # What is stored is not for Dynamo to trace. Where nothing compiles, this costs nothing.
         stored = torch.compiler.disable(self._stored) if torch.compiler.is_compiling() else self._stored  # type: ignore[no-untyped-call]
         return stored(call, plan, call.batch)
+
+    def live(self, plan: Plan, boundary: tuple[Any, ...]) -> Any:
+        """What the suffix makes of the boundary, as the original returns it."""
+        return pytree.tree_unflatten(plan.suffix(*boundary), plan.outputs)
 
     def _frozen(self, call: "_Call", plan: Plan) -> tuple[Any, ...]:
         """From the tensors of a call."""

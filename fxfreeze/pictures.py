@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fxfreeze.canvas import INK, styled_figure
 from fxfreeze.compare import Row, Trial
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and dark enough for thin lines on white.
@@ -41,14 +41,13 @@ ORIGINS = {
     "device": ("from the device", "#3F007D"),
 }
 DEPTHS = colormaps["viridis_r"]
-INK, GRID = "#333333", "#e4e4e0"
 SMOOTHING_STEPS = 15
 MOST_FIGURES = 24  # side by side over the bars of a picture
 
 
 def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
     """Validation accuracy over training seconds, a curve per row and seed, and the test accuracy where each ends."""
-    figure, (curves, ends) = styled(4.5, columns=2, ratios=(3, 2))
+    figure, (curves, ends) = styled_figure(4.5, columns=2, ratios=(3, 2))
     for trial in trials:
         for name, row in trial.rows.items():
             drift = row.raw_seconds / row.seconds
@@ -78,7 +77,7 @@ def accuracy_against_time(trials: Sequence[Trial]) -> Figure:
 
 def staircase(rows: Sequence[Row]) -> Figure:
     """Time of an iteration over the steps of each row, above the number of units that the freezing rows have frozen."""
-    figure, (times, depths) = styled(5.2, rows=2, ratios=(3, 2), sharex=True)
+    figure, (times, depths) = styled_figure(5.2, rows=2, ratios=(3, 2), sharex=True)
     for row in rows:
         smooth = [value * 1e3 for value in running_median(row.record.step_seconds)]
         times.plot(smooth, color=COLOURS[row.name], linewidth=1.4, label=row.name)
@@ -100,7 +99,7 @@ def staircase(rows: Sequence[Row]) -> Figure:
 
 def learning_rates(row: Row) -> Figure:
     """Each unit's learning rate over the steps of `row`."""
-    figure, (axes,) = styled(3.6)
+    figure, (axes,) = styled_figure(3.6)
     steps = [step for step, _ in row.rates]
     last = len(row.units) - 1
     for index in range(last + 1):
@@ -117,7 +116,7 @@ def learning_rates(row: Row) -> Figure:
 
 def origins(epochs: Sequence[dict[str, Any]]) -> Figure:
     """Bars of an epoch's samples by where they came from, and how fast stores were read."""
-    figure, (axes,) = styled(3.2)
+    figure, (axes,) = styled_figure(3.2)
     below = [0] * len(epochs)
     width = 0.8 * min(1.0, len(epochs) / 6)  # one or two bars are no wall
     for origin, (label, colour) in ORIGINS.items():
@@ -147,7 +146,7 @@ def _short(value: float) -> str:
 
 def savings(figures: Sequence[tuple[str, float, str]]) -> Figure:
     """Bars of (label, share of plain training's cost per step that is saved, colour)."""
-    figure, (axes,) = styled(0.9 + 0.42 * len(figures))
+    figure, (axes,) = styled_figure(0.9 + 0.42 * len(figures))
     labels = [label for label, _, _ in figures]
     values = [value for _, value, _ in figures]
     bars = axes.barh(labels, values, color=[colour for _, _, colour in figures], height=0.62)
@@ -175,27 +174,3 @@ def as_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
-
-
-def styled(
-    height: float, *, rows: int = 1, columns: int = 1, ratios: tuple[int, ...] | None = None, sharex: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure of the page's width and `height` inches, and its axes in the page's style."""
-    figure = Figure(figsize=(9.6, height), layout="constrained")
-    grid = figure.subplots(
-        rows,
-        columns,
-        sharex=sharex,
-        squeeze=False,
-        height_ratios=ratios if rows > 1 else None,
-        width_ratios=ratios if columns > 1 else None,
-    )
-    axes = list(grid.flat)
-    for each in axes:
-        each.grid(color=GRID, linewidth=0.8)
-        each.set_axisbelow(True)
-        each.spines[["top", "right"]].set_visible(False)
-        each.spines[["left", "bottom"]].set_color("#aaaaaa")
-        each.tick_params(color="#aaaaaa", labelcolor=INK, labelsize=9)
-        each.xaxis.label.set_color(INK)
-    return figure, axes

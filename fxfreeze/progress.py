@@ -3,7 +3,7 @@
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -100,6 +100,38 @@ def display(console: Console, *, shown: bool) -> Bars | Lines | Silence:
     if not shown:
         return Silence()
     return Bars(console) if console.is_terminal else Lines(console)
+
+
+@contextmanager
+def counted(console: Console, what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """Shows how many of how many ``what`` there have been: a bar on a terminal, a line now and then elsewhere."""
+    began = last = time.monotonic()
+    bar = Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn(what),
+        TextColumn("ETA"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        auto_refresh=False,  # rich's own thread would take turns with what is measured
+        transient=True,
+        disable=not (shown and console.is_terminal),
+    )
+    task = bar.add_task(what)
+
+    def show(done: int, of: int) -> None:
+        nonlocal last
+        bar.update(task, completed=done, total=of)
+        now = time.monotonic()
+        if shown and now - last >= (REFRESH_SECONDS if console.is_terminal else LINE_SECONDS):
+            last = now
+            bar.refresh()
+            if not console.is_terminal:
+                eta = f"ETA {(now - began) * (of - done) / done:.0f} s"
+                console.print(f"{done}/{of} {what}  {eta}", highlight=False, soft_wrap=True)
+
+    with bar:
+        yield show
 
 
 def figures(run: Run) -> str:

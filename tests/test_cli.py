@@ -16,11 +16,13 @@ from torch import Tensor
 
 from fxfreeze import checkpoint
 from fxfreeze.cli import main
+from fxfreeze.profiled import Profile
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, SHORTS
 from fxfreeze.train import Run
 
 TINY = ["--model", "tiny:Tiny", "--data", "tiny:data", "--epochs", "2", "--batch-size", "8"]
 QUIET = ["--no-progress", "--block", "4"]
+PROFILED = ["--model", "tiny:Tiny", "--data", "tiny:data", "--batch-size", "8", "--no-progress"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: compare|train|plan"),
+        ([], "required: compare|train|plan|profile"),
         (["race"], "invalid choice: 'race'"),
         (["compare", "--epochs", "0"], "--epochs: '0' is not a whole number of at least 1"),
         (["compare", "--epochs", "many"], "--epochs: 'many' is not a whole number"),
@@ -99,6 +101,19 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (["compare", *TINY, "--rows", "plain,cache"], "--rows has 'cache'; expected some of plain,freezeout,fxfreeze,"),
         (["plan", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
+        (
+            ["profile", *PROFILED, "--depths", "1,5"],
+            "depth 5 is none of this network: expected whole numbers from 0 to 4",
+        ),
+        (["profile", "--depths", "1,-2"], "--depths: '-2' is not a whole number of at least 0"),
+        (["profile", "--depths", "1;2"], "--depths: '1;2' is not a whole number of at least 0"),
+        (["profile", "--rounds", "0"], "--rounds: '0' is not a whole number of at least 1"),
+        (["profile", "--trace", "absent/x.json"], "'absent/x.json' can't be a file"),
+        (["profile", *PROFILED, "--plot", "x.doc"], "--plot x.doc is no picture that matplotlib writes"),
+        (["profile", *PROFILED, "--plot", "taken"], "--plot taken is no picture that matplotlib writes"),
+        (["profile", *PROFILED, "--model", "tiny:Flat"], "the network is one unit"),
+        (["profile", *PROFILED, "--batch-size", "85"], "a batch of 85 samples was asked for"),
+        (["profile", "--device", "abacus"], "--device abacus can't be used here"),
     ],
 )
 def test_bad_input_gets_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -416,16 +431,16 @@ def test_a_run_goes_on_as_what_it_was(option: list[str], message: str, capsys: p
 # ---- what can't be traced, and an early Ctrl-C
 
 
-@pytest.mark.parametrize("verb", ["compare", "train", "plan"])
+@pytest.mark.parametrize("verb", ["compare", "train", "plan", "profile"])
 def test_a_network_that_can_t_be_traced_gets_one_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, *TINY[2:], "--model", "tiny:Branchy"]) == 2
+    assert main([verb, "--data", "tiny:data", "--model", "tiny:Branchy"]) == 2
     line = one_line(capsys)
     assert line.startswith(f"fxfreeze {verb}: error: the network can't be frozen: Branchy.forward can't be traced at ")
     assert "Python looks at a value that depends on the data" in line
     assert files() == []
 
 
-@pytest.mark.parametrize("verb", ["compare", "train", "plan"])
+@pytest.mark.parametrize("verb", ["compare", "train", "plan", "profile"])
 def test_ctrl_c_before_anything_ran(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,7 +448,7 @@ def test_ctrl_c_before_anything_ran(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fxfreeze.cli.prepare", press)
-    assert main([verb, *TINY]) == 130
+    assert main([verb, *TINY[:4]]) == 130
     assert one_line(capsys) == f"fxfreeze {verb}: stopped\n"
 
 
@@ -493,3 +508,51 @@ def test_a_plan_needs_no_files(name: str, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert main(["train", *choice]) == 2
     assert "no file" in one_line(capsys)
+
+
+# ---- profile
+
+
+def test_profile_prints_a_table_and_writes_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--json", "p.json", "--plot", "p.svg", "--trace", "t.json"]
+    assert main(["profile", *PROFILED, "--rounds", "2", "--depths", "3,1", *names]) == 0
+    out, _ = capsys.readouterr()
+    rows = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[:2]] for row in rows] == [["0", ""], ["1", "stem.0"], ["3", "block2.0"]]
+    assert all(float(row[2]) > 0 for row in rows)  # batches are fetched
+    assert "The largest disagreement" in out
+    assert out.endswith("Figures: p.json\nPicture: p.svg\nTrace, for ui.perfetto.dev: t.json\n")
+    assert files() == ["p.json", "p.svg", "t.json"]
+    profiled = Profile.from_json(Path("p.json").read_text())
+    assert [each.depth for each in profiled.iterations] == [0, 1, 3]
+    assert (profiled.rounds, profiled.batch, profiled.fetched) == (2, 8, True)
+    assert Path("p.svg").read_text().rstrip().endswith("</svg>")
+    assert {"stem.0", "prefix 0-3"} <= {
+        event["name"] for event in json.loads(Path("t.json").read_text())["traceEvents"]
+    }
+
+
+def test_profile_alone_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *PROFILED, "--rounds", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "block3.0" in out
+    assert files() == []
+
+
+def test_profile_takes_networks_with_auxiliary_outputs_in_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = Tiny.forward
+    monkeypatch.setattr(Tiny, "forward", lambda net, x: (forward(net, x), x) if net.training else forward(net, x))
+    assert main(["profile", *PROFILED, "--rounds", "1", "--depths", "2"]) == 0
+    assert "block1.0" in capsys.readouterr().out
+
+
+def test_a_failure_while_profiling_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a defect, not a refusal")
+
+    monkeypatch.setattr("fxfreeze.profiling._turns", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        main(["profile", *PROFILED])

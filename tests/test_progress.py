@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from tiny import after, make_run
 
-from fxfreeze.progress import Bars, Lines, Silence, display, figures
+from fxfreeze.progress import Bars, Lines, Silence, counted, display, figures
 
 
 def test_bars_show_each_run_on_a_terminal() -> None:
@@ -48,3 +48,25 @@ def test_figures_of_a_run_that_took_no_step() -> None:
     run = make_run("plain")
     run.train(5, after(0))
     assert "loss" in figures(run)
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_count_is_shown_as_suits_the_console(terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+    now = [100.0]
+    monkeypatch.setattr("fxfreeze.progress.time.monotonic", lambda: now[0])
+    with counted(console, "iterations", shown=shown) as show:
+        for done in range(1, 11):
+            now[0] += 2
+            show(done, 10)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    if not shown:
+        assert text == ""
+    elif terminal:
+        assert re.search(r"10/10.* iterations", text)
+    else:
+        assert text.splitlines() == [
+            "3/10 iterations  ETA 14 s",
+            "6/10 iterations  ETA 8 s",
+            "9/10 iterations  ETA 2 s",
+        ]
