@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # Apart: a worker that has compiled with OpenVINO does not survive the tests that press Ctrl-C in it.
-OPENVINO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist -m "openvino and not gpu" tests/test_backends.py
+OPENVINO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:xdist -m "openvino and not gpu" tests/test_backends.py tests/test_int8.py
 # The same kernels in Triton's interpreter: it is chosen when triton is imported, so in a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
@@ -54,7 +54,7 @@ $(VENV)/.cli: pyproject.toml constraints.txt
 
 # torchvision and timm without dependencies: torchvision's wheel asks for a torch of its own.
 $(VENV)/.test: $(VENV)/.cli
-	$(PIP) --editable '.[cli,cache,openvino,test]'
+	$(PIP) --editable '.[cli,cache,openvino,int8,test]'
 	$(PIP) --no-deps torchvision timm
 	$(PIP) huggingface_hub PyYAML triton
 	touch $@
@@ -67,7 +67,7 @@ $(OLDEST)/.aot: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[cli,cache,openvino,test,lint]'
+	$(PIP) --editable '.[cli,cache,openvino,int8,test,lint]'
 	touch $@
 
 clean:
