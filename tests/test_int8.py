@@ -1,6 +1,7 @@
 """``precision="int8"``: what is quantized, how close it is, that a run rounds alike throughout, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import sys
 import warnings
@@ -13,6 +14,7 @@ import pytest
 import torch
 from frozen import frozen_to, images, network, plain_graph, settle
 from small_networks import NETWORKS
+from tiny import SETTINGS, Tiny, arena
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,8 +22,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxfreeze
 from fxfreeze import CachedLoader, FreezableModel, FreezeOut, FreezeScheduler, Milestones
 from fxfreeze.backends import int8
+from fxfreeze.batches import Batches
 from fxfreeze.fidelity import BOUNDS, INT8_BOUND, relative_error
 from fxfreeze.imports import ChoiceError
+from fxfreeze.recipes import from_scratch
+from fxfreeze.train import Run
 
 HERE = find_spec("openvino") is not None and find_spec("nncf") is not None
 quantizes = [pytest.mark.openvino, pytest.mark.skipif(not HERE, reason="openvino or nncf is not installed")]
@@ -258,6 +263,27 @@ def test_a_state_from_before_int8_is_read() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(images())
+
+
+# ---- the comparison
+
+
+@quantizing
+def test_the_row_of_a_comparison_is_quantized() -> None:
+    """And no other row is."""
+    settings = dataclasses.replace(SETTINGS, precision="int8")
+    data = arena()
+    recipes = from_scratch(settings, 20)
+    dtypes = {}
+    for name in ("fxfreeze", "fxfreeze+int8"):
+        run = Run(Tiny(), recipes[name], settings, Batches(data.train, settings.batch_size, 0))
+        while not run.depth:
+            run.train(1)
+        run.train(1)
+        assert run.model is not None
+        dtypes[name] = {segment.computation.dtype_name for segment in run.model.prefix.segments}
+        assert all(segment.compiled for segment in run.model.prefix.segments) == (name == "fxfreeze+int8")
+    assert dtypes == {"fxfreeze": {"model"}, "fxfreeze+int8": {"int8"}}
 
 
 # ---- what is refused
