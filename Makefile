@@ -54,7 +54,7 @@ $(VENV)/.cli: pyproject.toml constraints.txt
 
 # torchvision and timm without dependencies: torchvision's wheel asks for a torch of its own.
 $(VENV)/.test: $(VENV)/.cli
-	$(PIP) --editable '.[cli,cache,openvino,test]'
+	$(PIP) --editable '.[cli,cache,openvino,int8,test]'
 	$(PIP) --no-deps torchvision timm
 	$(PIP) huggingface_hub PyYAML triton
 	touch $@
@@ -67,7 +67,7 @@ $(OLDEST)/.aot: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[cli,cache,openvino,test,lint]'
+	$(PIP) --editable '.[cli,cache,openvino,int8,test,lint]'
 	touch $@
 
 clean:

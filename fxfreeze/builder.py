@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxfreeze.auto import choose, first_choice, rivals
-from fxfreeze.backends import BACKENDS, candidates, is_here, remark
+from fxfreeze.backends import BACKENDS, Backend, candidates, is_here, quantizing, remark
 from fxfreeze.chain import Span
 from fxfreeze.layouts import kind_of
 from fxfreeze.likeness import digest
@@ -23,7 +23,8 @@ __all__ = ["Builder", "Decision", "DecisionKey", "Site"]
 class Decision(NamedTuple):
     """How a segment was decided to run, kept for resuming.
 
-    start, end: depths of its boundaries; graph: a digest of its operators, by which training's is told from eval's.
+    start, end: depths of its boundaries; graph: a digest of its operators, by which training's is told from eval's;
+    ranges: by which int8 was calibrated, for a resumed run to round alike.
     """
 
     start: int
@@ -32,6 +33,7 @@ class Decision(NamedTuple):
     dtype: str
     backend: str
     rewritten: bool
+    ranges: list[float] | None = None
 
     @property
     def key(self) -> "DecisionKey":
@@ -63,8 +65,7 @@ class Site(NamedTuple):
 
     @property
     def key(self) -> DecisionKey:
-        dtype = str(self.computation.autocast or "model").removeprefix("torch.")
-        return *self.span, digest(self.plain), dtype
+        return *self.span, digest(self.plain), self.computation.dtype_name
 
     @property
     def case(self) -> str:
@@ -133,12 +134,22 @@ class Builder:
 
     def _by(self, site: Site, settled: str | None, name: str) -> Segment:
         """The segment by one backend."""
-        segment = build(site.span, site.plain, site.values, site.computation, BACKENDS[name], settled, site.native)
+        backend = self._backend(site, name)
+        segment = build(site.span, site.plain, site.values, site.computation, backend, settled, site.native)
         segment.backend = name
-        if segment.uncompiled is not None and self.backend != "auto":
+        if segment.uncompiled is not None and site.computation.quantized:
+            self.warn(f"the frozen part does not run in int8: {segment.uncompiled}. It runs in floating point")
+        elif segment.uncompiled is not None and self.backend != "auto":
             self.warn(f"backend {name!r} did not compile the frozen part: {segment.uncompiled}. It runs uncompiled")
         return segment
 
+    def _backend(self, site: Site, name: str) -> Backend:
+        """int8 is calibrated once: whatever is built later for the same graph takes the same ranges."""
+        if name != "openvino" or not site.computation.quantized:
+            return BACKENDS[name]
+        earlier = self.decisions.get(site.key)
+        return quantizing(None if earlier is None else earlier.ranges)
+
     def _decide(self, key: DecisionKey, segment: Segment) -> None:
         """Take note of how a segment runs, for a resumed run to do the same."""
-        self.decisions[key] = Decision(*key, segment.runs_by, segment.rewritten is not None)
+        self.decisions[key] = Decision(*key, segment.runs_by, segment.rewritten is not None, segment.ranges)

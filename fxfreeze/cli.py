@@ -149,8 +149,8 @@ def _parser() -> Parser:
     for verb in (compare, train, plan):
         _add_task(verb)
         _add_schedule(verb)
-    for verb in (compare, train):
-        _add_training(verb)
+    _add_training(compare, (*PRECISIONS, "int8"))
+    _add_training(train, (*PRECISIONS,))
     _add_compare(compare)
     _add_train(train)
     plan.add_argument("--out", type=Path, metavar="DIR", help="where the picture goes (default: runs/DATE-TIME)")
@@ -209,14 +209,15 @@ def _add_schedule(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=_whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
 
 
-def _add_training(verb: argparse.ArgumentParser) -> None:
+def _add_training(verb: argparse.ArgumentParser, precisions: Sequence[str]) -> None:
     group = verb.add_argument_group("optimizer (SGD with Nesterov momentum)")
     group.add_argument("--lr", type=_number(0), metavar="X", help=_with_default("lr", "learning rate at the start"))
     group.add_argument("--momentum", type=_number(0, zero=True), metavar="X", help=_with_default("momentum", "of SGD"))
     group.add_argument(
         "--weight-decay", type=_number(0, zero=True), metavar="X", help=_with_default("weight_decay", "")
     )
-    group.add_argument("--precision", choices=PRECISIONS, help=_with_default("precision", "of autocast; fp32: none"))
+    about = f"of autocast; fp32: none{'; int8: none, and one row more' if 'int8' in precisions else ''}"
+    group.add_argument("--precision", choices=precisions, help=_with_default("precision", about))
     verb.add_argument(
         "--block", type=_whole(1), metavar="N", help=_with_default("block", "steps of plain between turns")
     )

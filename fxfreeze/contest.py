@@ -7,11 +7,12 @@ from typing import Protocol
 from torch import nn
 
 from fxfreeze import recipes
+from fxfreeze.backends import check_int8
 from fxfreeze.batches import Batches
 from fxfreeze.cached import rehearse, require_packages
 from fxfreeze.compare import Arena, Trial, Watch, advance, compare
 from fxfreeze.imports import ChoiceError
-from fxfreeze.recipes import CACHED, SHORTS, Recipe, Settings, renew_head, units_of
+from fxfreeze.recipes import CACHED, INT8, SHORTS, Recipe, Settings, renew_head, units_of
 from fxfreeze.schedule import Schedule
 from fxfreeze.task import Task
 from fxfreeze.train import Run
@@ -87,6 +88,8 @@ def choose(contest: Contest, rows: Collection[str] | None) -> list[str]:
         raise ChoiceError(f"--rows is empty; expected some of {','.join(known)}")
     if CACHED in rows:
         require_packages()
+    if INT8 in rows:
+        check_int8("auto")
     return [row for row in known if row in rows]
 
 

@@ -107,7 +107,8 @@ class Forward:
         if not self.training and not self.batch_size:
             fills = []  # it is not known yet how training will compute a row
         count = batch_size(tensors)
-        if (self.training or fills) and count is not None and count != self.batch_size:
+        steady = self.training or fills or (chain.computation.quantized and self.batch_size)
+        if steady and count is not None and count != self.batch_size:
             if self._pads(chain, tensors):
                 rows = self._rows(call, plan, Part(0, None, tensors), fills)
                 return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
@@ -144,11 +145,14 @@ class Forward:
         return chain.handed_over(values, tensors)
 
     def _rows(self, call: "_Call", plan: Plan, part: Part, fills: Sequence[Fill]) -> Sequence[Tensor]:
-        """The rows at the model's depth of some samples, computed with as many as training has: more in pieces, if stored."""
+        """The rows at the model's depth of some samples, computed with as many as training has.
+
+        More are computed in pieces, if they are stored, or int8, whose code is for that many.
+        """
         if part.depth == plan.chain.depth:
             return part.rows
         count = len(part.rows[0])
-        if not fills or count <= self.batch_size:
+        if not (fills or plan.chain.computation.quantized) or count <= self.batch_size:
             return self._piece(call, plan, part, fills)
         where = torch.split(torch.arange(count), self.batch_size)
         places = where if part.places is None else torch.split(part.places, self.batch_size)

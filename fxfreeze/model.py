@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfreeze.auto import UNKNOWN_STEPS
-from fxfreeze.backends import check_backend
+from fxfreeze.backends import check_backend, check_int8
 from fxfreeze.builder import Decision
 from fxfreeze.derived import Derived
 from fxfreeze.forward import Forward
@@ -24,6 +24,7 @@ from fxfreeze.units import Ownership, Unit, find_units
 __all__ = ["FreezableModel", "compile"]
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_PREFIX_PRECISIONS = {**PRECISIONS, "int8": torch.int8}
 
 
 def compile(
@@ -40,7 +41,8 @@ def compile(
     example_inputs: arguments of one call (a tuple, a dict of keyword inputs, or a tensor), needed only when the forward
     looks at shapes; units: names of modules, or groups of names, that start a unit each, in place of the automatic list
     (what runs next belongs to it too, up to the next name); precision: compute dtype of the frozen part (float32, float16
-    or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included); backend: what the
+    or bfloat16, or "fp32", "fp16", "bf16"; None: what the model runs in, autocast's dtype included; "int8": quantized by
+    NNCF for OpenVINO, on a CPU, calibrated on the first batch after a freeze); backend: what the
     frozen part runs on, "plain" (folded, PyTorch's operators), "library" (oneDNN's or cuDNN's fused convolutions),
     "inductor", "openvino" (on a CPU), "triton" (fused kernels), or "auto", which tries what may pay and takes the fastest.
     Units that the schedule freezes at step 0 are frozen at once.
@@ -57,13 +59,16 @@ def compile(
     if isinstance(units, str) or not isinstance(units, Iterable | None):
         raise TypeError(f"units is {units!r}: expected a list of module names, such as ['layer1', 'layer2']")
     check_backend(backend)
+    dtype = _dtype(precision)
+    if dtype is torch.int8:
+        check_int8(backend)
     ownership = find_units(net, traces_of(net, example_inputs), units)
     if len(ownership.units) == 1:
         warnings.warn(
             f"the network is a single unit, and the last unit never freezes: nothing will be frozen{_tie(net)}",
             stacklevel=2,
         )
-    return FreezableModel(net, schedule, ownership, backend, _dtype(precision))
+    return FreezableModel(net, schedule, ownership, backend, dtype)
 
 
 def _check_net(net: nn.Module) -> None:
@@ -93,10 +98,10 @@ def _tie(net: nn.Module) -> str:
 
 
 def _dtype(precision: torch.dtype | str | None) -> torch.dtype | None:
-    dtype = PRECISIONS.get(precision) if isinstance(precision, str) else precision
-    if precision is not None and dtype not in PRECISIONS.values():
+    dtype = _PREFIX_PRECISIONS.get(precision) if isinstance(precision, str) else precision
+    if precision is not None and dtype not in _PREFIX_PRECISIONS.values():
         raise ValueError(
-            f"precision {precision!r} is unknown: expected None, {', '.join(PRECISIONS)} or their torch dtypes"
+            f"precision {precision!r} is unknown: expected None, {', '.join(_PREFIX_PRECISIONS)} or their torch dtypes"
         )
     return dtype
 
@@ -193,7 +198,7 @@ class FreezableModel(nn.Module):
         self._depth = 0
         self.step: int | None = None
         self._required_grad: dict[str, bool] = {}  # of frozen parameters, before they froze
-        self._derived = Derived(net, ownership, precision, backend, self._steps_ahead)
+        self._derived = Derived(net, ownership, precision, self._wanted, self._steps_ahead)
         self._forward = Forward(net)
         self.freeze(schedule.depth(0, self.units))
 
@@ -261,6 +266,11 @@ class FreezableModel(nn.Module):
         self._depth = min(depth, self.depth)
         self.refresh()
         self.freeze(depth)
+
+    @property
+    def _wanted(self) -> str:
+        """The backend to build by: int8 has one."""
+        return "openvino" if self.precision is torch.int8 else self.backend
 
     def _steps_ahead(self) -> float:
         """How many training steps will run the prefix of now; none where a cache may store what it computes, once."""
@@ -354,7 +364,7 @@ class FreezableModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         decisions, batch_size = state.pop("_derived"), state.pop("_forward")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._derived = Derived(self.original, self._ownership, self.precision, self.backend, self._steps_ahead)
+        self._derived = Derived(self.original, self._ownership, self.precision, self._wanted, self._steps_ahead)
         self._derived.decisions.update({decision.key: decision for decision in decisions})
         self._forward = Forward(self.original)
         self._forward.batch_size = batch_size

@@ -44,7 +44,7 @@ class Prefix:
 def describe(segment: Segment) -> str:
     """One paragraph: what runs, how exact it is, what each pass did and why it left the rest."""
     operators = _calls(segment.rewritten or segment.plain)
-    dtype = "the model's dtype" if segment.computation.autocast is None else dtype_text(segment.computation.autocast)
+    dtype = "int8" if segment.ranges is not None else _float_dtype(segment)
     check = "not checked" if segment.error is None else f"error {segment.error:.1e} (bound {segment.bound:.0e})"
     state = f"unrewritten: {segment.reason}" if segment.reason else "rewritten"
     if segment.compiled:
@@ -57,6 +57,11 @@ def describe(segment: Segment) -> str:
     launched = [f"  {segment.graphs}"] if segment.graphs is not None and str(segment.graphs) else []
     notes = [f"  {note}" for note in segment.notes]
     return "\n".join([head, *_lines(segment.outcomes), *uncompiled, *launched, *notes])
+
+
+def _float_dtype(segment: Segment) -> str:
+    autocast = segment.computation.autocast
+    return "the model's dtype" if autocast is None else dtype_text(autocast)
 
 
 def _calls(module: GraphModule) -> int:

@@ -14,6 +14,7 @@ from fxfreeze.schedule import FreezeOut, Milestones, Schedule
 from fxfreeze.units import Unit
 
 CACHED = "fxfreeze+cache"
+INT8 = "fxfreeze+int8"  # beside the others where the precision is int8
 # Plain training cut to the time that a freezing row took, and that row.
 SHORTS = {"plain-short": "fxfreeze", "plain-short+cache": CACHED}
 FROM_SCRATCH = ("plain", "freezeout", "fxfreeze", CACHED, *SHORTS)
@@ -25,7 +26,7 @@ class Settings:
     """What determines a training, apart from its network and its data; the defaults are those of the command line.
 
     lr: of SGD with Nesterov momentum; how, t0, scale_lr: see FreezeOut; steps_scale: steps under a FreezeOut schedule
-    per step of plain training; precision: "fp32", or autocast's "bf16" or "fp16".
+    per step of plain training; precision: "fp32", autocast's "bf16" or "fp16", or "int8", which is fp32 with one row more.
     """
 
     epochs: int = 12
@@ -52,6 +53,7 @@ class Recipe:
     which is the published FreezeOut; "surgery", `fxfreeze.compile`; "cached", that with `fxfreeze.CachedLoader`; "by hand",
     marked, the frozen part under `no_grad`.
     cosine: the optimizer's rate falls to zero over `steps`; otherwise it stays, and the schedule alone shapes it.
+    int8: the frozen prefix is quantized; the network is scored as it is all the same, in floating point.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Recipe:
     form: Literal["bare", "marked", "surgery", "cached", "by hand"] = "bare"
     cosine: bool = True
     schedule: Schedule | None = None
+    int8: bool = False
 
 
 def plain(steps: int) -> Recipe:
@@ -77,6 +80,12 @@ def cached(recipe: Recipe) -> Recipe:
     return replace(recipe, name=CACHED, about=about, form="cached")
 
 
+def _quantized(recipe: Recipe, settings: Settings) -> dict[str, Recipe]:
+    """The same with its prefix in int8, where that was asked for."""
+    about = f"{recipe.about}, and quantized"
+    return {INT8: replace(recipe, name=INT8, about=about, int8=True)} if settings.precision == "int8" else {}
+
+
 def from_scratch(settings: Settings, steps: int) -> dict[str, Recipe]:
     """Recipes by name, but for those cut short, whose length is known last; `steps` are those of plain."""
     long = max(1, round(steps * settings.steps_scale))
@@ -89,6 +98,7 @@ def from_scratch(settings: Settings, steps: int) -> dict[str, Recipe]:
         "plain": plain(steps),
         "freezeout": Recipe("freezeout", published, long, "marked", False, schedule),
         "fxfreeze": surgery,
+        **_quantized(surgery, settings),
         CACHED: cached(surgery),
     }
 
@@ -102,6 +112,7 @@ def finetune(settings: Settings, steps: int, units: tuple[Unit, ...]) -> dict[st
         "plain": plain(steps),
         "by-hand": Recipe("by-hand", "backbone in eval under no_grad, head trained", steps, "by hand", True, backbone),
         "fxfreeze": surgery,
+        **_quantized(surgery, settings),
         CACHED: cached(surgery),
         "freezeout": Recipe(
             "freezeout",

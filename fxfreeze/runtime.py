@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxfreeze.backends import Backend
-from fxfreeze.backends.compiled import Compiled, Compiler, unrepeatable
+from fxfreeze.backends.compiled import Compiled, unrepeatable
 from fxfreeze.cuda_graphs import CudaGraphs, graphs_on
 from fxfreeze.fidelity import TF32_BOUND, Recorder, bound_of, cut_like, reference, relative_error
 from fxfreeze.layouts import Layouts, is_transformed
@@ -20,6 +20,7 @@ from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import kept_whole, rehearsed
 from fxfreeze.rewrite import Outcome, PassError, run_passes
+from fxfreeze.sizes import dtype_text
 
 __all__ = ["Computation", "Segment", "build", "layouts_of"]
 
@@ -31,12 +32,14 @@ TRANSFORMED = "a transform of torch.func runs the traced graph as it is"
 class Computation:
     """How a segment computes: on which device type, and under which autocast.
 
-    autocast: the dtype, or None for off; overrides: this is not what the caller's own autocast says.
+    autocast: the dtype, or None for off; overrides: this is not what the caller's own autocast says; quantized: in int8,
+    with autocast off, as far as it can be.
     """
 
     device: str
     autocast: torch.dtype | None
     overrides: bool = False
+    quantized: bool = False
 
     @classmethod
     def current(cls, device: str, precision: torch.dtype | None) -> "Computation":
@@ -44,8 +47,14 @@ class Computation:
         active = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if precision is None:
             return cls(device, active)
-        wanted = None if precision is torch.float32 else precision
-        return cls(device, wanted, overrides=wanted != active)
+        quantized = precision is torch.int8
+        wanted = None if quantized or precision is torch.float32 else precision
+        return cls(device, wanted, wanted != active, quantized)
+
+    @property
+    def dtype_name(self) -> str:
+        """ "model" for what the model itself computes in."""
+        return "int8" if self.quantized else dtype_text(self.autocast) if self.autocast else "model"
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
         """What to run the rewritten segment under."""
@@ -91,6 +100,11 @@ class Segment:
         self.whole = kept_whole(self.plain)
         self.repeatable = not self.whole and unrepeatable(self.plain) is None
         self.layouts = layouts_of(self.plain, self.whole)
+
+    @property
+    def ranges(self) -> list[float] | None:
+        """By which int8 was calibrated."""
+        return next((compiled.ranges for compiled in self.compiled), None)
 
     @property
     def runs_by(self) -> str:
@@ -177,7 +191,7 @@ def build(
         if segment.reason is None:
             segment.rewritten = graph
             if backend.compiler is not None:
-                segment.uncompiled = _compile(segment, graph, backend.compiler, given, (samples, expected))
+                segment.uncompiled = _compile(segment, graph, backend, given, (samples, expected))
             fused = any(node.target is onednn_conv for node in graph.graph.nodes)
             segment.swallows_nan = computation.device == "cpu" and (fused or bool(segment.compiled))
             segment.graphs = graphs_on(computation.device) if segment.repeatable else None
@@ -212,20 +226,24 @@ def _rewrite(
 
 
 def _compile(
-    segment: Segment, graph: GraphModule, compiler: Compiler, given: Sequence[Any], known: _Checked
+    segment: Segment, graph: GraphModule, backend: Backend, given: Sequence[Any], known: _Checked
 ) -> str | None:
     """Compile ``graph`` for inputs like ``given``; why that can't be used, or None."""
+    assert backend.compiler is not None
     if (why := unrepeatable(graph)) is not None or segment.whole:
         return why or f"it calls {type(segment.whole[0]).__name__}, which may do more than compute"
+    uncompiled = segment.error, segment.bound
     try:
         with segment.computation.context():
-            compiled = Compiled.of(graph, given, compiler, segment.computation.autocast)
+            compiled = Compiled.of(graph, given, backend.compiler, segment.computation.autocast)
             outputs = compiled(*given)
-        why = _judge(segment, outputs, known)
+        why = _judge(segment, outputs, known, backend.bound)
     except Exception as error:  # noqa: BLE001 - compilers raise anything; the graph that they were given runs
         why = f"{type(error).__name__}: {error}"
     if why is None:
         segment.compiled = (compiled,)
+    else:
+        segment.error, segment.bound = uncompiled
     return why
 
 
@@ -259,15 +277,20 @@ def _copy(plain: GraphModule) -> GraphModule:
     return module
 
 
-def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked) -> str | None:
-    """Why ``outputs`` are not the original's within the bound, or None."""
+def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked, bound: float | None = None) -> str | None:
+    """Why ``outputs`` are not the original's within ``bound``, or that of the dtype; or None."""
     samples, expected = known
     if len(outputs) != len(expected):
         return f"the passes left {len(outputs)} outputs of {len(expected)}"
     dtypes = [t.dtype for t in expected if isinstance(t, Tensor) and t.is_floating_point()]
     computed = segment.computation.autocast or max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
-    segment.bound = bound_of(computed)
-    if computed is torch.float32 and segment.computation.device == "cuda" and torch.backends.cudnn.allow_tf32:
+    segment.bound = bound or bound_of(computed)
+    if (
+        bound is None
+        and computed is torch.float32
+        and segment.computation.device == "cuda"
+        and torch.backends.cudnn.allow_tf32
+    ):
         segment.bound = TF32_BOUND
     laid_out = segment.layouts.imposed(outputs, samples)
     errors = [relative_error(a, b) for a, b in zip(laid_out, expected, strict=True) if isinstance(b, Tensor)]

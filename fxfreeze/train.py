@@ -85,7 +85,10 @@ class Run:
         if recipe.schedule is not None:
             example = batches.split.images[:2]
             start = time.perf_counter()
-            stand_in = self.model = compile(net, copy.deepcopy(recipe.schedule), example_inputs=(example,))
+            precision = "int8" if recipe.int8 else None
+            stand_in = self.model = compile(
+                net, copy.deepcopy(recipe.schedule), example_inputs=(example,), precision=precision
+            )
             if self._operated:  # the others want only to know the units
                 self._compile_seconds = self.record.seconds = time.perf_counter() - start
         self.stand_in = stand_in.train()
@@ -233,7 +236,7 @@ class Run:
         return loss.detach()
 
     def _autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.settings.precision]
+        dtype = PRECISIONS.get(self.settings.precision)  # int8 is the frozen part's alone
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _now(self) -> float:

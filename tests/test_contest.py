@@ -35,6 +35,26 @@ def test_from_scratch_scales_the_steps_of_freezing_rows(task: Task) -> None:
     }
 
 
+def test_int8_is_a_row_more(task: Task) -> None:
+    """Beside its like in floating point, and nothing else changes."""
+    settings = dataclasses.replace(SETTINGS, precision="int8")
+    for kind in (FromScratch, Finetune):
+        bare, recipes = (
+            {name: dataclasses.replace(recipe, schedule=None) for name, recipe in kind(task, each).recipes.items()}
+            for each in (SETTINGS, settings)
+        )
+        row = recipes.pop("fxfreeze+int8")
+        assert recipes == bare
+        assert row == dataclasses.replace(bare["fxfreeze"], name=row.name, about=row.about, int8=True)
+
+
+def test_int8_without_its_package(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    contest = FromScratch(task, dataclasses.replace(SETTINGS, precision="int8"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ChoiceError, match=r"pip install 'fxfreeze\[int8\]'"):
+        choose(contest, ["plain", "fxfreeze+int8"])
+
+
 def test_finetuning_goes_on_to_other_classes_with_a_new_head(task: Task) -> None:
     contest = Finetune(task, SETTINGS)
     assert contest.source.num_classes == contest.task.num_classes == 2

@@ -3,22 +3,29 @@
 A backend is a list of passes, and for some a compiler of what the passes leave.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from fxfreeze.backends import inductor, openvino
+from fxfreeze.backends import inductor, int8, openvino
 from fxfreeze.backends.compiled import Compiler
+from fxfreeze.fidelity import INT8_BOUND
 from fxfreeze.kernels import engine
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Pass
 
-__all__ = ["BACKENDS", "Backend", "candidates", "check_backend", "is_here", "remark"]
+__all__ = ["BACKENDS", "Backend", "candidates", "check_backend", "check_int8", "is_here", "quantizing", "remark"]
 
 
 class Backend(NamedTuple):
-    """passes: run on the traced graph; compiler: of what they leave, or None for a graph that runs as it is."""
+    """passes: run on the traced graph; compiler: of what they leave, or None for a graph that runs as it is.
+
+    bound: what the error of compiled code may be, None for the bound of the dtype that it computes in.
+    """
 
     passes: tuple[Pass, ...]
     compiler: Compiler | None = None
+    bound: float | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -36,6 +43,25 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend {name!r} is unknown: expected one of auto, {', '.join(BACKENDS)}")
     if name == "openvino":
         openvino.package()
+
+
+def check_int8(backend: str) -> None:
+    """Raises ValueError for a backend that has no int8, ChoiceError, which is one, where a package is missing."""
+    if backend not in ("auto", "openvino"):
+        raise ValueError(
+            f"precision 'int8' runs by OpenVINO alone, not by {backend!r}: backend must be auto or openvino"
+        )
+    int8.package()
+
+
+def quantizing(ranges: Sequence[float] | None) -> Backend:
+    """The backend of int8, calibrated on the batch that it is built with, or with ``ranges`` that were kept.
+
+    Those are checked on a batch that they are not of, which may be a little further off: else a run that is resumed could
+    drop what it had run by.
+    """
+    bound = INT8_BOUND if ranges is None else 2 * INT8_BOUND
+    return Backend(BACKENDS["openvino"].passes, partial(int8.compile, ranges=ranges), bound)
 
 
 def is_here(name: str) -> bool:

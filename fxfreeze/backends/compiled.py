@@ -50,6 +50,11 @@ class Compiled:
         """Whether it is for these; while Dynamo traces, it is for none, for Dynamo compiles the graph itself."""
         return not torch.compiler.is_compiling() and kinds_of(inputs) == self.kinds
 
+    @property
+    def ranges(self) -> list[float] | None:
+        """By which it quantizes activations; None where it does not."""
+        return getattr(self.function, "ranges", None)
+
     def __str__(self) -> str:
         return ", ".join("x".join(map(str, shape)) for _, shape, _ in self.kinds)
 

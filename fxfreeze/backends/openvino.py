@@ -3,10 +3,11 @@
 ``torch.compile(backend="openvino")`` is not used: it may fall back to TorchInductor in silence.
 """
 
+import contextlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -18,26 +19,35 @@ from torch.fx import GraphModule
 from fxfreeze.imports import ChoiceError, optional
 from fxfreeze.sizes import dtype_text
 
-__all__ = ["compile", "here", "package"]
+__all__ = ["compile", "convert", "float32", "here", "package", "request", "without_telemetry"]
 
 _REMEDY = "pip install 'fxfreeze[openvino]'"
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def package() -> ModuleType:
-    """OpenVINO; raises ChoiceError, with the remedy, where it can't be imported.
-
-    Its telemetry, which forks a process to tell its makers of each import and conversion, is left out: OpenVINO takes a
-    stub of its own where the package is missing.
-    """
+def package(remedy: str = _REMEDY) -> ModuleType:
+    """OpenVINO, without its telemetry; raises ChoiceError, with the remedy, where it can't be imported."""
     if "openvino" in sys.modules:
-        return optional("openvino", _REMEDY, ChoiceError)
+        return optional("openvino", remedy, ChoiceError)
+    with without_telemetry():
+        optional("openvino.tools.ovc.convert_impl", remedy, ChoiceError)
+        return sys.modules["openvino"]
+
+
+@contextlib.contextmanager
+def without_telemetry() -> Iterator[None]:
+    """Within, what is imported finds no telemetry, and takes a stub of its own.
+
+    The real one forks a process to tell its makers of each import and conversion.
+    """
+    known = sys.modules.get("openvino_telemetry")
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
-        optional("openvino.tools.ovc.convert_impl", _REMEDY, ChoiceError)
-        return sys.modules["openvino"]
+        yield
     finally:
         del sys.modules["openvino_telemetry"]
+        if known is not None:
+            sys.modules["openvino_telemetry"] = known
 
 
 def here() -> bool:
@@ -57,19 +67,30 @@ def compile(
     With bfloat16 the processor may use it, and what goes in and comes out is float32 all the same.
     Raises ValueError for another device or dtype, ChoiceError without the package.
     """
+    dtype = _dtype(module, autocast)
+    return request(convert(module, inputs), dtype)
+
+
+def convert(module: GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """``module`` as OpenVINO's model, in float32, for tensors of the shapes of ``inputs``."""
     openvino = package()
     if any(t.device.type != "cpu" for t in inputs):
         raise ValueError("OpenVINO runs here on a CPU only")
+    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
+        warnings.simplefilter("ignore")  # of torch.export's and OpenVINO's own doing
+        exported = torch.export.export(module.float(), tuple(map(float32, inputs)))
+        model = openvino.convert_model(exported)
+        model.reshape({i: tuple(x.shape) for i, x in enumerate(inputs)})
+    return model
+
+
+def request(model: Any, dtype: torch.dtype) -> Callable[..., Sequence[Tensor]]:
+    """OpenVINO's ``model`` as a function of tensors, its floating point computed in ``dtype``."""
     settings = {
-        "INFERENCE_PRECISION_HINT": _PRECISIONS[_dtype(module, autocast)],
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    with warnings.catch_warnings(), torch.autocast("cpu", enabled=False):
-        warnings.simplefilter("ignore")  # of torch.export's and OpenVINO's own doing
-        exported = torch.export.export(module.float(), tuple(map(_float32, inputs)))
-        model = openvino.convert_model(exported)
-        model.reshape({i: tuple(x.shape) for i, x in enumerate(inputs)})
     return _Request(_core().compile_model(model, "CPU", settings))
 
 
@@ -93,7 +114,8 @@ def _dtype(module: GraphModule, autocast: torch.dtype | None) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in used else torch.float32
 
 
-def _float32(x: Tensor) -> Tensor:
+def float32(x: Tensor) -> Tensor:
+    """As OpenVINO is given it."""
     return x.float() if x.is_floating_point() else x
 
 
@@ -110,7 +132,7 @@ class _Request:
 
         made = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         with self._lock:
-            given = [_float32(x.detach()).contiguous() for x in inputs]  # alive until the request is done
+            given = [float32(x.detach()).contiguous() for x in inputs]  # alive until the request is done
             for i, x in enumerate(given):
                 self._request.set_input_tensor(i, Shared(x.numpy(), shared_memory=True))
             for i, y in enumerate(made):

@@ -28,6 +28,12 @@ def check_model(model: object) -> None:
             f"CachedLoader needs a FreezableModel, and got a {type(model).__name__}: pass what fxfreeze.compile(net, schedule) "
             "returned"
         )
+    if getattr(model, "precision", None) is torch.int8:
+        raise ValueError(
+            "the model's precision is int8, whose rounding depends on the batch that each run is calibrated on, so what it "
+            "computes is of use to no other run and is not stored: compile with another precision, or train without a "
+            "CachedLoader"
+        )
 
 
 def as_bytes(value: object) -> int | None:

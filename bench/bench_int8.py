@@ -1,0 +1,105 @@
+"""A frozen backbone in int8, beside OpenVINO in float32 and bfloat16, and eager: time, and how far its outputs are off.
+
+Networks are trained for a little first, on MNIST enlarged: quantization errs by what weights and activations are like, and
+more with random ones. Where the error is past the bound, fxfreeze would run float32: the row says whether it does.
+"""
+
+import copy
+import functools
+import statistics
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxfreeze
+from bench.conftest import Contender, interleave
+from fxfreeze import data
+from fxfreeze.backends import int8
+from fxfreeze.fidelity import relative_error
+from fxfreeze.imports import ChoiceError
+from fxfreeze.runtime import Segment
+
+BATCH = 32
+ROUNDS = 9
+STEPS = 120
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the size of its images
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 64),
+    "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 64),
+    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 96),
+}
+CONTENDERS = ("eager", "openvino fp32", "openvino bf16", "int8")
+
+
+def _here() -> bool:
+    try:
+        int8.package()
+    except ChoiceError:
+        return False
+    return True
+
+
+def _images(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, size, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+
+
+def _trained(make: Callable[[], nn.Module], size: int) -> nn.Module:
+    torch.manual_seed(0)
+    net = make().train()
+    images, labels = data.load("mnist5k").train.tensors
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(labels), (BATCH,))
+        F.cross_entropy(net(_images(images[chosen], size)), labels[chosen]).backward()
+        optimizer.step()
+        cosine.step()
+        optimizer.zero_grad()
+    return net
+
+
+def _segment(net: nn.Module, contender: str, x: Tensor) -> Segment:
+    """All of the network but its head, as fxfreeze builds it on ``x``."""
+    backend = "plain" if contender == "eager" else "openvino"
+    precision = {"openvino bf16": "bf16", "int8": "int8"}.get(contender)
+    model = fxfreeze.compile(copy.deepcopy(net), fxfreeze.Milestones({}), backend=backend, precision=precision)
+    model.freeze(len(model.units) - 1)
+    with warnings.catch_warnings(action="ignore"):  # of a bound that was passed: the row says so
+        model.train()(x)
+    (segment,) = model.prefix.segments
+    return segment
+
+
+@functools.cache
+def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dict[str, float]]:
+    """Seconds, segments and errors on images that nothing was calibrated on, by contender."""
+    make, size = NETWORKS[name]
+    net, (test, _) = _trained(make, size), data.load("mnist5k").test.tensors
+    x, unseen = _images(test[:BATCH], size), _images(test[BATCH : 2 * BATCH], size)
+    segments = {contender: _segment(net, contender, x) for contender in CONTENDERS}
+    exact = segments["eager"].plain
+    with torch.no_grad():
+        errors = {c: relative_error(segment(unseen)[0], exact(unseen)[0]) for c, segment in segments.items()}
+        runs: dict[str, Contender] = {c: functools.partial(segment, x) for c, segment in segments.items()}
+        runs["eager"] = functools.partial(exact, x)
+        return interleave(runs, ROUNDS), segments, errors
+
+
+@pytest.mark.skipif(not _here(), reason="openvino or nncf is not installed")
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("name", NETWORKS)
+def bench_int8(row, benchmark, name: str, contender: str) -> None:
+    times, segments, errors = measured(name)
+    size, segment = NETWORKS[name][1], segments[contender]
+    benchmark.group = f"backbone in int8, {name} at {size} px, batch {BATCH}"
+    benchmark.extra_info |= {
+        "relative_error": errors[contender],
+        "build_seconds": segment.seconds,
+        "runs": "compiled" if segment.compiled else segment.uncompiled or "uncompiled",
+        "median": statistics.median(times[contender]),
+    }
+    row(times, contender, "openvino fp32")
