@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bench.budget import begin
 from bench.clock import Contender, interleave, rotated, timer_of
-from bench.kernel_cases import CASES, INTERPRETING
+from bench.kernel_cases import CASES
 from bench.roofline import Work, flops_of, nbytes
 from bench.rows import Subject
-from bench.scale import DEVICE
+from bench.scale import DEVICE, INTERPRETING
 from fxfreeze.fidelity import BOUNDS, relative_error
 
 ROUNDS, WARMUP = (1, 0) if INTERPRETING else (30, 3)

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.clock import interleave, timer_of
-from bench.scale import SMALL
+from bench.scale import INTERPRETING, SMALL
 
 _ROUNDS = 5
 
@@ -41,7 +41,7 @@ class Ceilings:
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measured when first asked for, the fastest of a few rounds; of integers, the product of float32."""
     large = device.type == "cuda"
-    count, side = (1 << 16, 64) if SMALL else (1 << 28, 8192) if large else (1 << 26, 2048)
+    count, side = (1 << 16, 64) if SMALL or INTERPRETING else (1 << 28, 8192) if large else (1 << 26, 2048)
     number = dtype if dtype.is_floating_point else torch.float32
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
