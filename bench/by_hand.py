@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from bench.clock import Contender, rotated
+from bench.compiling import compiled, quiet
 from bench.scale import DEVICE, SMALL
 from fxfreeze.backends import openvino
 
@@ -24,8 +24,7 @@ def eager(graph: GraphModule, images: Tensor) -> Run:
 
 def fx_fuse(graph: GraphModule, images: Tensor) -> Run:
     """torch.fx's own folding of batch norms."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which it imports
+    with quiet():
         from torch.fx.experimental.optimization import fuse
     return eager(fuse(graph), images)
 
@@ -53,13 +52,13 @@ def fx_fuse_captured(graph: GraphModule, images: Tensor) -> Run:
 
 def inductor(graph: GraphModule, images: Tensor) -> Run:
     """torch.compile with freezing."""
-    return torch.compile(eager(graph, images), options={"freezing": True})
+    return compiled(eager(graph, images), freezing=True)
 
 
 def inductor_autotuned(graph: GraphModule, images: Tensor) -> Run:
     """The same with max-autotune, in CUDA graphs."""
     options = {"freezing": True, "max_autotune": True, "triton.cudagraphs": True}
-    return torch.compile(eager(graph, images), options=options)
+    return compiled(eager(graph, images), **options)
 
 
 def tensorrt(graph: GraphModule, images: Tensor) -> Run:
@@ -74,8 +73,7 @@ def openvino_native(graph: GraphModule, images: Tensor) -> Run:
     import openvino as ov
 
     x = images.float().contiguous()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         converted = ov.convert_model(torch.export.export(graph, (x,)), input=[tuple(x.shape)])
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16" if images.dtype is torch.bfloat16 else "f32",

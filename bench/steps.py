@@ -8,7 +8,6 @@ import contextlib
 import copy
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxfreeze
 from bench.clock import Contender, rotated
+from bench.compiling import compiled, quiet
 from bench.roofline import Work, flops_of, training
 from bench.scale import DEVICE
 
@@ -72,9 +72,8 @@ class Step:
 
     def compiled(self) -> "Step":
         """The same under torch.compile, forward and backward built now; the weights stay."""
-        self._forward = torch.compile(self._forward)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what Inductor imports
+        self._forward = compiled(self._forward)
+        with quiet():
             F.cross_entropy(self.logits(), self._y).backward()
         self._optimizer.zero_grad()
         return self
