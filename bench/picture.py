@@ -23,13 +23,10 @@ Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]  # by network
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """To an image file: the networks that were measured at several depths."""
-    chosen = {name: ways for name, ways in curves.items() if any(len(points) > 1 for points in ways.values())}
-    if not chosen:
-        return
-    figure = Figure(figsize=(4.6 * len(chosen), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(chosen), sharey=True, squeeze=False)[0]
-    for axes, (name, ways) in zip(panels, chosen.items(), strict=True):
+    """To an image file."""
+    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (name, ways) in zip(panels, curves.items(), strict=True):
         for way, look in LOOK.items():
             if points := sorted(ways.get(way, [])):
                 colour, dashes = COLOURS[look], "--" if "compiled" in way else "-"

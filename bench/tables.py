@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.picture import draw
 from bench.tables_cache import cache
-from bench.tables_iterations import iterations, relative, techniques
+from bench.tables_iterations import curves, iterations, techniques
 from bench.tables_kernels import kernels
 from bench.tables_prefixes import prefixes
 
@@ -51,8 +51,8 @@ def main() -> None:
     for name in TABLES:
         text = renewed(text, name, shown(name))
     readme.write_text(text)
-    if curves := relative(read("cpu.json")):
-        draw(curves, PICTURE)
+    if drawn := curves(read("cpu.json")):
+        draw(drawn, PICTURE)
 
 
 def read(file: str) -> Any:

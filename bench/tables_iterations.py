@@ -15,6 +15,7 @@ TECHNIQUES_LEGEND = """{machine}; {spread}; `eager` against the same code again:
 is to `eager`, round by round. Memory is what an iteration takes at its height above what stands between iterations, and of
 that what the forward keeps for the backward. The error is that of the logits against the same mathematics in float64,
 relative, by norm."""
+PICTURE = "![Time of an iteration by the share of units frozen, for each way of running it](docs/iterations.png)"
 WAYS = (
     "plain",
     "plain, compiled",
@@ -70,7 +71,8 @@ def iterations(results: Results) -> str | None:
     ]
     again = [by["by hand, again"]["extra_info"]["ratio"] for by in by_group.values() if "by hand, again" in by]
     legend = WAYS_LEGEND.format(machine=machine(results), spread=spread(benches), noise=_span(again))
-    return "\n".join([table(["network", "frozen", *WAYS], rows), "", legend])
+    picture = [PICTURE, ""] if curves(results) else []
+    return "\n".join([*picture, table(["network", "frozen", *WAYS], rows), "", legend])
 
 
 def _way(bench: Bench | None) -> str:
@@ -94,8 +96,8 @@ def _span(ratios: list[float]) -> str:
     return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not measured"
 
 
-def relative(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """By network and way: (share frozen, time over plain training's), for the picture."""
+def curves(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """By network of several depths, and way: (share frozen, time over plain training's), for the picture."""
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     benches = [b for b in rows_of(results, "bench_iteration") if "peak_bytes" in b["extra_info"]]
     plain = {
@@ -104,4 +106,4 @@ def relative(results: Results) -> dict[str, dict[str, list[tuple[float, float]]]
     for bench in benches:
         name, share, way = (bench["params"][key] for key in ("name", "share", "contender"))
         found.setdefault(name, {}).setdefault(way, []).append((share, median(bench) / plain[name, share]))
-    return found
+    return {name: ways for name, ways in found.items() if any(len(points) > 1 for points in ways.values())}

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from bench import tables
+from bench.picture import draw
 from bench.tables_cache import cache
-from bench.tables_iterations import iterations, relative, techniques
+from bench.tables_iterations import curves, iterations, techniques
 from bench.tables_kernels import kernels
 from bench.tables_prefixes import prefixes
 
@@ -133,7 +134,19 @@ def test_iterations_by_hand() -> None:
     ]
     assert "0.97 to 0.97" in str(iterations(given))
     assert iterations(results(iteration("plain", 0.75, 9.0))) is None
-    assert relative(given)["net"]["fxfreeze"] == [(0.5, 0.5)]
+    assert curves(given) == {
+        "net": {"plain": [(0.5, 1.0), (0.25, 1.0)], "fxfreeze": [(0.5, 0.5)], "by hand, again": [(0.5, 0.5)]}
+    }
+    assert "docs/iterations.png" in str(iterations(given))
+
+
+def test_one_depth_alone_is_no_picture(tmp_path: Path) -> None:
+    memory = {"peak_bytes": 5 << 20}
+    one = [iteration("plain", 0.5, 0.2, **memory), iteration("fxfreeze", 0.5, 0.1, **memory)]
+    assert curves(results(*one)) == {}
+    assert "docs/iterations.png" not in str(iterations(results(*one)))
+    draw(curves(results(*one, iteration("plain", 0.25, 0.2, **memory))), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_cache_by_hand() -> None:
