@@ -22,7 +22,7 @@ from fxfreeze.backends import openvino
 from fxfreeze.fidelity import BOUNDS
 
 NETWORK = scaled("resnet18", "resnet-8")
-STEPS, REPEATS = scaled((80, 2), (12, 2))
+STEPS, REPEATS = scaled((60, 2), (12, 2))
 BACKENDS = ("plain", "library") if SMALL else ("plain", "library", "openvino", "auto", "auto, again")
 
 
