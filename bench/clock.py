@@ -29,6 +29,9 @@ class VirtualClock:
     def __call__(self) -> float:
         return self.now
 
+    def __repr__(self) -> str:
+        return "virtual clock, replaying measured times"
+
     def load(self, seconds: Sequence[float]) -> None:
         self._pending = iter(seconds)
 

@@ -29,6 +29,10 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # under auto
 Forward = Callable[[Any], Tensor]
 
 
+def _computing() -> torch.autocast:
+    return torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is not torch.float32)
+
+
 class Step:
     """Forward, backward and an SGD step with momentum when it is called.
 
@@ -60,7 +64,7 @@ class Step:
         self._optimizer.zero_grad()
 
     def logits(self, x: Any = None) -> Tensor:
-        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE is not torch.float32):
+        with _computing():
             return self._forward(self._x if x is None else x)
 
     def contender(self) -> Contender:
@@ -133,8 +137,9 @@ class Stored:
         data = DataLoader(TensorDataset(x.cpu(), y.cpu()), batch_size=len(x))
         loader = fxfreeze.CachedLoader(data, model, folder, when="always", placement="ram")
         loader.tell = lambda text: None
-        for images, _ in loader:
-            model(images.to(x.device))  # with gradients, as a training step: this stores them
+        with _computing():
+            for images, _ in loader:
+                model(images.to(x.device))  # with gradients, as a training step: this stores them
         self.x = next(iter(loader))[0].to(x.device)
         if not isinstance(self.x, fxfreeze.Boundary):
             raise RuntimeError(f"nothing was stored: {'; '.join(loader.notes)}")
