@@ -71,7 +71,7 @@ def test_techniques_save_what_they_say(written: Any) -> None:
 def test_tables_are_made_of_what_is_written(written: Any, name: str) -> None:
     table = tables.TABLES[name].build(written)
     assert table is not None
-    assert table.startswith("| ")
+    assert len([line for line in table.splitlines() if line.startswith("| ")]) >= 3
 
 
 @pytest.mark.parametrize("path", sorted(tables.RESULTS.glob("*.json")), ids=lambda path: path.name)
