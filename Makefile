@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 # The same kernels in Triton's interpreter: it is chosen when triton is imported, so in a process of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/kernels
 
-.PHONY: demo test test-all aot aot-oldest lint bench bench-train clean
+.PHONY: demo test test-all aot aot-oldest lint bench bench-gpu bench-train clean
 
 demo: $(VENV)/.cli
 	$(BIN)/fxfreeze compare
@@ -35,11 +35,22 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-BENCH ?= bench
+# Those that README needs most come first: what would begin after BENCH_SECONDS is left out.
+SUITES := $(patsubst %,bench/bench_%.py,prefix techniques iteration training freeze cache cached_epoch)
+ON_GPU := $(patsubst %,bench/bench_%.py,prefix techniques iteration kernels freeze)
+MEASURE := $(BIN)/python -m pytest -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
+	--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group
 
+# Of chosen suites (BENCH=bench/bench_cache.py), the figures are kept only where JSON says.
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest $(BENCH) -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
-		--benchmark-columns=min,median,max,stddev,rounds --benchmark-group-by=group $(if $(JSON),--benchmark-json=$(JSON))
+ifdef BENCH
+	$(MEASURE) $(BENCH) $(if $(JSON),--benchmark-json=$(JSON))
+else
+	BENCH_DEVICE=cpu BENCH_SECONDS=840 $(MEASURE) $(SUITES) --benchmark-json=$(or $(JSON),bench/results/cpu.json)
+endif
+
+bench-gpu: $(VENV)/.test
+	BENCH_DEVICE=cuda BENCH_SECONDS=480 $(MEASURE) $(ON_GPU) --benchmark-json=bench/results/cuda.json
 
 # DATA: a .npz, or the folder of torchvision's CIFAR-10; OPTIONS: see python -m bench.train --help
 bench-train: $(VENV)/.test

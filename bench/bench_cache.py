@@ -22,13 +22,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.conftest import interleave
+from bench.budget import begin
+from bench.clock import interleave
+from bench.roofline import Work
+from bench.rows import Subject
+from bench.scale import THREADS, scaled
 from fxfreeze.cache import Column, Store, StoreWriter
 from fxfreeze.cache.memory import tensor_bytes
 
-ROWS, WIDTH, BATCH = 8192, 32 * 1024, 128
-ROUNDS = 15
-THREADS = 2
+ROWS, WIDTH, BATCH = scaled((8192, 32 * 1024, 128), (256, 1024, 32))
+ROUNDS = scaled(15, 2)
 BASELINES = ("index_select, 1 thread", "index_select, 2 threads")
 CONTENDERS = (
     *BASELINES,
@@ -126,7 +129,7 @@ def _write(source: Tensor, folder: Path) -> None:
     source.numpy().tofile(folder / "rows")
     save_file({"x": source}, folder / "x.safetensors")
     with (
-        lmdb.open(str(folder / "lmdb"), map_size=2 * source.nbytes) as environment,
+        lmdb.open(str(folder / "lmdb"), map_size=4 * source.nbytes) as environment,
         environment.begin(write=True) as put,
     ):
         for sample, row in enumerate(source):
@@ -136,6 +139,7 @@ def _write(source: Tensor, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def gathered() -> Iterator[tuple[dict[str, Epoch], dict[str, list[float]]]]:
     """The contenders and their times. Half a minute, 1.5 GB of memory, 1.1 GB of disk."""
+    begin()
     torch.manual_seed(0)
     source = torch.randint(0, 256, (ROWS, WIDTH), dtype=torch.uint8)
     batches, out = torch.randperm(ROWS).split(BATCH), torch.empty(BATCH, WIDTH, dtype=torch.uint8)
@@ -164,7 +168,9 @@ def gathered() -> Iterator[tuple[dict[str, Epoch], dict[str, list[float]]]]:
 @pytest.mark.parametrize("contender", CONTENDERS)
 def bench_gather(row, benchmark, gathered, contender: str) -> None:
     contenders, times = gathered
-    assert not contenders[contender].wrong, f"{contender} returned other rows than those asked for"
+    # Rows are right or wrong, to the bit.
+    error = float("inf") if contenders[contender].wrong else 0.0
+    subject = Subject(torch.uint8, (BATCH, WIDTH), error, 0.0, Work(0, 2 * ROWS * WIDTH), torch.device("cpu"))
     benchmark.group = f"gather, {ROWS // BATCH} random batches of {BATCH} rows x {WIDTH // 1024} KiB"
-    row(times, contender, min(BASELINES, key=lambda name: statistics.median(times[name])))
-    benchmark.extra_info["threads"] = contenders[contender].threads
+    best = min(BASELINES, key=lambda name: statistics.median(times[name]))
+    row(times, contender, best, subject, threads=contenders[contender].threads)

@@ -20,13 +20,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxfreeze
-from bench.conftest import interleave
+from bench.budget import begin
+from bench.clock import interleave
+from bench.rows import Subject
+from bench.scale import scaled
 from fxfreeze.cache.worth import computed, stored
 from fxfreeze.chain import Chain
+from fxfreeze.fidelity import BOUNDS, relative_error
 
-SAMPLES, BATCH, SIZE, CLASSES = 256, 32, 64, 10
-EPOCHS = 9
-DEPTHS = (1, 3, 5, 7, 9)  # of 10 units
+SAMPLES, BATCH, SIZE, CLASSES = scaled((256, 32, 64, 10), (8, 4, 32, 10))
+EPOCHS = scaled(7, 3)
+DEPTHS = scaled((1, 3, 5, 7, 9), (5,))  # of 10 units
 LIVE = "live half alone, tensors in memory"
 CONTENDERS = (LIVE, f"{LIVE}, again", "cached, from RAM", "cached, from disk", "frozen half computed")
 
@@ -51,6 +55,7 @@ class Epoch:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         self.batches = batches(self.model)
         self.forward: Callable[..., Tensor] = self.model
+        self.known: tuple[object, Tensor] | None = None  # what the forward is given, and the images that it stands for
 
     def __call__(self) -> float:
         began = time.perf_counter()
@@ -59,6 +64,16 @@ class Epoch:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return time.perf_counter() - began
+
+    def error(self) -> float:
+        """Of the logits of a batch, against the network in float64."""
+        if self.known is None:
+            given, _ = next(iter(self.batches))
+            self.known = given, given.batch.inputs()[0] if isinstance(given, fxfreeze.Boundary) else given
+        given, images = self.known
+        exact = copy.deepcopy(self.model.original).double()
+        with torch.no_grad():
+            return relative_error(self.forward(given).double(), exact(images.double()))
 
 
 class InMemory:
@@ -80,6 +95,7 @@ def live_half(net: nn.Module, dataset: TensorDataset) -> Epoch:
     values = [chain.handed_over(crossing(chain, batch), [batch])[0] for batch in images.split(BATCH)]
     epoch.batches = InMemory(torch.cat(values), labels)
     epoch.forward = lambda x: suffix(x)[0]
+    epoch.known = values[0], images[:BATCH]
     return epoch
 
 
@@ -95,7 +111,9 @@ def crossing(chain: Chain, images: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture(scope="module")
-def epochs() -> Iterator[dict[str, list[float]]]:
+def epochs() -> Iterator[tuple[dict[str, list[float]], dict[str, float]]]:
+    """Times by contender, and errors."""
+    begin()
     torch.manual_seed(0)
     net, dataset = torchvision.models.resnet18(num_classes=CLASSES), data()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
@@ -111,18 +129,26 @@ def epochs() -> Iterator[dict[str, list[float]]]:
             "cached, from disk": Epoch(net, functools.partial(cached, "disk")),
             "frozen half computed": Epoch(net, lambda model: DataLoader(dataset, batch_size=BATCH, shuffle=True)),
         }
-        yield interleave(contenders, EPOCHS, warmup=3)  # the first of the warm-up fills
+        times = interleave(contenders, EPOCHS, warmup=2)  # the first of the warm-up fills
+        yield times, {name: epoch.error() for name, epoch in contenders.items()}
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 def bench_epoch(row, benchmark, epochs, contender: str) -> None:
     benchmark.group = f"an epoch of {SAMPLES}, resnet18 at {SIZE} px, batch {BATCH}, half of it frozen"
-    row(epochs, contender, LIVE)
+    times, errors = epochs
+    row(times, contender, LIVE, subject(errors[contender]))
+
+
+def subject(error: float) -> Subject:
+    shape, device = (BATCH, 3, SIZE, SIZE), torch.device("cpu")
+    return Subject(torch.float32, shape, error, BOUNDS[torch.float32], device=device)
 
 
 @functools.cache
-def break_even(depth: int) -> tuple[dict[str, list[float]], float, int]:
-    """Seconds a batch to compute and to read, seconds a sample to write, bytes of a row."""
+def break_even(depth: int) -> tuple[dict[str, list[float]], float, int, float]:
+    """Seconds a batch to compute and to read, seconds a sample to write, bytes of a row, error of the self-check."""
+    begin()
     torch.manual_seed(0)
     model = frozen(torchvision.models.resnet18(num_classes=CLASSES), depth)
     images = data().tensors[0][:BATCH]
@@ -136,14 +162,15 @@ def break_even(depth: int) -> tuple[dict[str, list[float]], float, int]:
             times["compute"].append(seconds)
             times["read"].append(read * BATCH)
             writes.append(write)
-    return times, sorted(writes)[len(writes) // 2], sum(r[0].numel() * r.element_size() for r in rows)
+    error = max(float("inf") if segment.error is None else segment.error for segment in chain.prefix.segments)
+    return times, sorted(writes)[len(writes) // 2], sum(r[0].nbytes for r in rows), error
 
 
 @pytest.mark.parametrize("what", ["compute", "read"])
 @pytest.mark.parametrize("depth", DEPTHS)
 def bench_break_even(row, benchmark, depth: int, what: str) -> None:
-    times, write, width = break_even(depth)
+    times, write, width, error = break_even(depth)
     benchmark.group = f"break-even, resnet18 at {SIZE} px, {depth} of 10 units frozen ({width / 1024:.0f} KiB a row)"
     compute, read = (sorted(times[name])[EPOCHS // 2] / BATCH for name in ("compute", "read"))
-    benchmark.extra_info |= {"bytes": width, "write_seconds": write, "epochs_to_win_back": write / (compute - read)}
-    row(times, what, "compute")
+    more = {"row_bytes": width, "write_seconds": write, "epochs_to_win_back": write / (compute - read)}
+    row(times, what, "compute", subject(error), **more)

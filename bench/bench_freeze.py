@@ -4,20 +4,27 @@ import functools
 
 import pytest
 import torch
-import torchvision
 
 import fxfreeze
-from bench.conftest import interleave
+from bench.budget import begin
+from bench.clock import interleave
+from bench.networks import NETWORKS
+from bench.rows import Subject
+from bench.scale import scaled
 
-NETWORKS = ("resnet50", "densenet121")
+NAMES = scaled(("resnet50", "densenet121"), ("resnet-8",))
+ROUNDS = scaled(7, 2)
+SHAPE = (8, 3, 64, 64)
 SHARES = (0.25, 0.5, 0.75)
 
 
 @functools.cache
-def measured(name: str) -> dict[str, list[float]]:
-    torch.manual_seed(0)
-    model = fxfreeze.compile(getattr(torchvision.models, name)(), fxfreeze.FreezeOut(10**9), backend="library")
-    x = torch.randn(8, 3, 64, 64)
+def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Subject]]:
+    """Times by share, and what they are of, with the errors of the self-checks."""
+    begin()
+    net, images, _ = NETWORKS[name].drawn()
+    model = fxfreeze.compile(net, fxfreeze.FreezeOut(10**9), backend="library")
+    x = torch.randn(SHAPE, device=images.device)
 
     def event(share: float) -> float:
         model.freeze(max(model.depth, int(share * len(model.units))))
@@ -27,13 +34,20 @@ def measured(name: str) -> dict[str, list[float]]:
         return model.prefix.build_seconds - before
 
     times: dict[str, list[float]] = {}
+    subjects: dict[str, Subject] = {}
     for share in SHARES:  # depths only grow, so the shares are measured one after the other
-        times |= interleave({f"{share:.0%} frozen": functools.partial(event, share)}, rounds=7, warmup=1)
-    return times
+        label = f"{share:.0%} frozen"
+        times |= interleave({label: functools.partial(event, share)}, ROUNDS, warmup=1)
+        (segment,) = model.prefix.segments
+        if segment.error is None or segment.bound is None:
+            raise RuntimeError(f"{name}, {label}: the frozen part was not checked: {segment.reason}")
+        subjects[label] = Subject(torch.float32, SHAPE, segment.error, segment.bound)
+    return times, subjects
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def bench_freeze(row, benchmark, name: str, share: float) -> None:
     benchmark.group = f"freeze event, {name} at 64 px, batch 8"
-    row(measured(name), f"{share:.0%} frozen", "25% frozen")
+    (times, subjects), label = measured(name), f"{share:.0%} frozen"
+    row(times, label, "25% frozen", subjects[label])

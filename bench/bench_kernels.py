@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.conftest import Contender, interleave, on_gpu
-from bench.kernel_cases import CASES, DEVICE, INTERPRETING
+from bench.budget import begin
+from bench.clock import Contender, interleave, rotated, timer_of
+from bench.kernel_cases import CASES
+from bench.roofline import Work, flops_of, nbytes
+from bench.rows import Subject
+from bench.scale import DEVICE, INTERPRETING
 from fxfreeze.fidelity import BOUNDS, relative_error
 
 ROUNDS, WARMUP = (1, 0) if INTERPRETING else (30, 3)
@@ -27,8 +31,9 @@ CONTENDERS = ("kernel", "reference", "aten") if INTERPRETING else ("kernel", "re
 
 @functools.cache
 @torch.no_grad()
-def measured(name: str, dtype: torch.dtype) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Times by contender, and relative errors against fp64."""
+def measured(name: str, dtype: torch.dtype) -> tuple[dict[str, list[float]], dict[str, Subject]]:
+    """Times by contender, and what they are of, with relative errors against fp64."""
+    begin()
     torch.manual_seed(0)
     case = CASES[name]
     operands = case.make(dtype)
@@ -37,13 +42,20 @@ def measured(name: str, dtype: torch.dtype) -> tuple[dict[str, list[float]], dic
         functions["inductor"] = torch.compile(case.aten, fullgraph=True)
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in operands.items()}
     expected = case.exact(**wide)
-    errors = {who: relative_error(run(**operands).double(), expected) for who, run in functions.items()}
+    tensors = {k: v for k, v in operands.items() if isinstance(v, Tensor)}
+    written = expected.numel() * dtype.itemsize
+    work = Work(flops_of(lambda: case.aten(**operands)), nbytes(tensors.values()) + written)
+
+    def subject(run: Callable[..., Tensor]) -> Subject:
+        error = relative_error(run(**operands).double(), expected)
+        return Subject(dtype, operands["x"].shape, error, BOUNDS[dtype], work)
 
     def contender(run: Callable[..., Tensor]) -> Contender:
-        return on_gpu(lambda: run(**operands)) if DEVICE.type == "cuda" else lambda: run(**operands)
+        return rotated(lambda *given: run(**operands | dict(zip(tensors, given, strict=True))), [*tensors.values()])
 
+    subjects = {who: subject(run) for who, run in functions.items()}
     contenders = {who: contender(run) for who, run in functions.items()}
-    return interleave(contenders, rounds=ROUNDS, warmup=WARMUP), errors
+    return interleave(contenders, ROUNDS, WARMUP, timer_of(DEVICE)), subjects
 
 
 @pytest.mark.parametrize("who", CONTENDERS)
@@ -51,7 +63,5 @@ def measured(name: str, dtype: torch.dtype) -> tuple[dict[str, list[float]], dic
 @pytest.mark.parametrize("name", CASES)
 def bench_kernel(row, benchmark, name: str, dtype: torch.dtype, who: str) -> None:
     benchmark.group = f"{name}, {str(dtype).removeprefix('torch.')}"
-    times, errors = measured(name, dtype)
-    benchmark.extra_info |= {"device": str(DEVICE), "dtype": str(dtype), "error": errors[who]}
-    assert errors[who] <= BOUNDS[dtype]
-    row(times, who, "aten")
+    times, subjects = measured(name, dtype)
+    row(times, who, "aten", subjects[who])

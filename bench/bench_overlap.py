@@ -1,8 +1,8 @@
 """The frozen prefix of the next batch in a thread of its own, while the live half trains on this one: does it pay?
 
-It depends on nothing that a step changes, so it may run ahead. ResNet-18 and DenseNet-121 at 64 px, half of the units frozen by
-backend "library": "in turn" as an ordinary loop runs it; "overlapped" with the prefix one batch ahead, in a second thread,
-each with all of torch's threads or with half of them. A row is the time of ten steps.
+It depends on nothing that a step changes, so it may run ahead. Half of the units are frozen, by backend "library": "in turn" as
+an ordinary loop runs it; "overlapped" with the prefix one batch ahead, in a second thread, each with all of torch's threads
+or with half of them. A row is the time of ten steps.
 """
 
 import functools
@@ -11,23 +11,24 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxfreeze
-from bench.conftest import Contender, interleave
+from bench.clock import Contender, interleave
+from bench.networks import NETWORKS
+from bench.rows import Subject
+from bench.scale import scaled
+from fxfreeze.fidelity import BOUNDS
 
-NETWORKS = {"resnet18": 32, "densenet121": 16}  # batch sizes
-STEPS, ROUNDS = 10, 7
+MEASURED = scaled(("resnet18", "densenet121"), ("resnet-8",))
+STEPS, ROUNDS = scaled((10, 7), (2, 2))
 
 
 class Split:
     """A network cut in two, with half of its units frozen, and an optimizer of the rest."""
 
     def __init__(self, name: str) -> None:
-        torch.manual_seed(0)
-        net: nn.Module = getattr(torchvision.models, name)()
-        self.x, self.y = torch.randn(NETWORKS[name], 3, 64, 64), torch.randint(0, 1000, (NETWORKS[name],))
+        net, self.x, self.y = NETWORKS[name].drawn()
         self.model = fxfreeze.compile(net, fxfreeze.FreezeOut(10**9), backend="library").train()
         self.model.freeze(len(self.model.units) // 2)
         self.model(self.x)
@@ -71,7 +72,8 @@ def _overlapped(split: Split, threads: int) -> Contender:
 
 
 @functools.cache
-def measured(name: str) -> dict[str, list[float]]:
+def measured(name: str) -> tuple[dict[str, list[float]], float]:
+    """Seconds by contender, and the error of the prefix that all of them run."""
     split = Split(name)
     every = torch.get_num_threads()
     contenders = {
@@ -80,11 +82,14 @@ def measured(name: str) -> dict[str, list[float]]:
         "overlapped, all threads": _overlapped(split, every),
         "overlapped, half each": _overlapped(split, max(1, every // 2)),
     }
-    return interleave(contenders, ROUNDS, warmup=1)
+    times = interleave(contenders, ROUNDS, warmup=1)
+    return times, float("inf") if split.prefix.error is None else split.prefix.error
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("contender", ["in turn", "in turn, again", "overlapped, all threads", "overlapped, half each"])
 def bench_overlap(row, benchmark, name: str, contender: str) -> None:
-    benchmark.group = f"overlap, {name} at 64 px, batch {NETWORKS[name]}, half frozen"
-    row(measured(name), contender, "in turn")
+    times, error = measured(name)
+    network = NETWORKS[name]
+    benchmark.group = f"overlap, {name} at {network.size} px, batch {network.batch}, half frozen, {STEPS} steps"
+    row(times, contender, "in turn", Subject(torch.float32, network.shape, error, BOUNDS[torch.float32]))

@@ -1,7 +1,7 @@
 """Whole trainings, freeze events included, by backend: is "auto" as fast as the best fixed one?
 
-ResNet-18 at 64 px and batch 32, random images, FreezeOut over all steps. The trainings go side by side, a step of each in
-turn. Not among them: "inductor", which builds for seconds at each of the nine freezes.
+ResNet-18, random images, FreezeOut over all steps. The trainings go side by side, a step of each in turn; the error is that of
+the last self-checks. Not among them: "inductor", which builds for seconds at each of the nine freezes.
 """
 
 import copy
@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import fxfreeze
+from bench.budget import begin
+from bench.networks import NETWORKS
+from bench.rows import Subject
+from bench.scale import SMALL, scaled
 from fxfreeze.backends import openvino
+from fxfreeze.fidelity import BOUNDS
 
-STEPS, REPEATS, BATCH, SIZE = 120, 2, 32, 64
-BACKENDS = ("plain", "library", "openvino", "auto", "auto, again")
+NETWORK = scaled("resnet18", "resnet-8")
+STEPS, REPEATS = scaled((120, 1), (12, 2))
+BACKENDS = ("plain", "library") if SMALL else ("plain", "library", "openvino", "auto", "auto, again")
 
 
 class Training:
@@ -42,9 +47,8 @@ class Training:
 @functools.cache
 def measured() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """(seconds of each whole training, what else is worth knowing) by contender."""
-    torch.manual_seed(0)
-    net = torchvision.models.resnet18(num_classes=10)
-    x, y = torch.randn(BATCH, 3, SIZE, SIZE), torch.randint(0, 10, (BATCH,))
+    begin()
+    net, x, y = NETWORKS[NETWORK].drawn()
     names = [name for name in BACKENDS if name != "openvino" or openvino.here()]
     times: dict[str, list[float]] = {name: [] for name in names}
     facts: dict[str, dict[str, Any]] = {}
@@ -57,7 +61,8 @@ def measured() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
             times[name].append(run.seconds)
             share = run.model.prefix.build_seconds / run.seconds
             by = [decision["backend"] for decision in run.model._decisions()["segments"]]
-            facts[name] = {"share_of_freeze_events": share, "chosen": by}
+            error = max(float("inf") if s.error is None else s.error for s in run.model.prefix.segments)
+            facts[name] = {"share_of_freeze_events": share, "chosen": by, "error": error}
     return times, facts
 
 
@@ -67,6 +72,7 @@ def bench_training(row, benchmark, contender: str) -> None:
     if contender not in times:
         pytest.skip("OpenVINO is not installed")
     fixed = [name for name in times if not name.startswith("auto")]
-    benchmark.group = f"training, resnet18 at {SIZE} px, batch {BATCH}, {STEPS} steps"
-    benchmark.extra_info |= facts[contender]
-    row(times, contender, min(fixed, key=lambda name: sum(times[name])))
+    network, more = NETWORKS[NETWORK], dict(facts[contender])
+    benchmark.group = f"training, {NETWORK} at {network.size} px, batch {network.batch}, {STEPS} steps"
+    subject = Subject(torch.float32, network.shape, more.pop("error"), BOUNDS[torch.float32])
+    row(times, contender, min(fixed, key=lambda name: sum(times[name])), subject, **more)

@@ -1,95 +1,51 @@
-"""Contenders timed in turn, so that what disturbs one disturbs all, and reported through pytest-benchmark.
+"""Measured times as rows of pytest-benchmark.
 
-``interleaved`` runs every contender of a group once per round; each then gets its row from a virtual clock that replays
-its own measured times, so pytest-benchmark's statistics, ``--benchmark-json`` and ``--benchmark-compare`` all apply.
+Every contender of a group runs once per round (``clock.interleave``); each then gets its row from a virtual clock that
+replays its own times, so pytest-benchmark's statistics, ``--benchmark-json`` and ``--benchmark-compare`` all apply.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from bench.budget import spent
+from bench.clock import VirtualClock
+from bench.results import check_facts
+from bench.rows import Subject, facts
+from bench.scale import DEVICE, THREADS
+from fxfreeze.machine import environment
 from tests.conftest import _TORCHVISION  # noqa: F401 - lets torchvision import beside a CPU-only torch
 
-Contender = Callable[[], object]
-
-
-class VirtualClock:
-    """A clock that only moves when a recorded time is replayed."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._pending: Iterator[float] = iter(())
-
-    def __call__(self) -> float:
-        return self.now
-
-    def load(self, seconds: list[float]) -> None:
-        self._pending = iter(seconds)
-
-    def replay(self) -> None:
-        self.now += next(self._pending)
-
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory, tells of each start and stop
 
 CLOCK = VirtualClock()
 
 
-def interleave(contenders: dict[str, Contender], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds per round of each contender, run in turn; a contender may return its own figure in seconds."""
-    for contender in contenders.values():
-        for _ in range(warmup):
-            contender()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
-        names = list(contenders) if i % 2 else list(reversed(contenders))
-        for name in names:
-            began = time.perf_counter()
-            own = contenders[name]()
-            times[name].append(own if isinstance(own, float) else time.perf_counter() - began)
-    return times
-
-
-_FLUSHED = 256 << 20  # bytes, more than any L2 cache holds
-
-
-def on_gpu(run: Callable[[], object]) -> Contender:
-    """A contender that takes its own time on a CUDA device, by events, with nothing of its operands in the L2 cache."""
-    room = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
-
-    def timed() -> float:
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        room.zero_()
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        return float(began.elapsed_time(ended)) / 1e3
-
-    return timed
-
-
-def ratio(times: dict[str, list[float]], name: str, baseline: str) -> float:
-    """Median of the round-by-round ratios of two contenders."""
-    return statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _surroundings() -> Iterator[None]:
+    """Two threads, cuDNN's own choice by measurement, and no memory of earlier runs: what is built is built here."""
+    torch.set_num_threads(THREADS)
+    torch.backends.cudnn.benchmark = True
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(folder, "inductor"))
+        yield
 
 
 @pytest.fixture
 def row(benchmark):
-    """``row(times, name, baseline)``: one pytest-benchmark row from times measured by ``interleave``."""
+    """``row(times, name, baseline, subject, **more)``: one row from times measured by ``interleave``."""
 
-    def report(times: dict[str, list[float]], name: str, baseline: str) -> None:
+    def report(
+        times: Mapping[str, Sequence[float]], name: str, baseline: str, subject: Subject, **more: object
+    ) -> None:
+        benchmark.extra_info |= facts(subject, times, name, baseline) | more
+        check_facts(benchmark.extra_info)
         CLOCK.load(times[name])
-        benchmark.extra_info["ratio"] = ratio(times, name, baseline)
-        benchmark.extra_info["baseline"] = baseline
-        benchmark.extra_info["threads"] = torch.get_num_threads()
-        benchmark.extra_info["torch"] = torch.__version__
         benchmark.pedantic(CLOCK.replay, rounds=len(times[name]), iterations=1)
 
     return report
@@ -105,12 +61,20 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, object]) -> Non
     machine_info.pop("node", None)
 
 
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """The environment beside the rows."""
+    output_json["environment"] = environment(DEVICE)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter) -> None:
     """The ratios, which are what these machines can tell."""
     session = getattr(terminalreporter.config, "_benchmarksession", None)
     rows = [b for b in session.benchmarks if "ratio" in b.extra_info] if session else []
     for bench in sorted(rows, key=lambda bench: bench.group):
         terminalreporter.write_line(
-            f"{bench.group} | {bench.name}: {bench.stats.median * 1e3:.1f} ms, "
+            f"{bench.group} | {bench.name}: {bench.stats.median * 1e3:.1f} ms "
+            f"(IQR {bench.stats.iqr * 1e3:.1f}, n {bench.stats.rounds}), "
             f"{bench.extra_info['ratio']:.3f} x {bench.extra_info['baseline']}"
         )
+    terminalreporter.write_line(f"benchmarks took {spent():.0f} s in all")

@@ -1,6 +1,5 @@
 """What each kernel is timed on: operands, the call of the kernel, the same in PyTorch, and its specification."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.scale import DEVICE, INTERPRETING
 from fxfreeze import kernels
 from fxfreeze.kernels import reference
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)

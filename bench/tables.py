@@ -1,38 +1,73 @@
-"""README's tables, from the committed results and nothing else.
+"""README's tables and picture, from the committed results and nothing else.
 
 fxfreeze kernels report --json > bench/results/kernels.json
-make bench BENCH='bench/bench_prefix.py bench/bench_training.py' JSON=bench/results/backends-cpu.json
+make bench
+make bench-gpu
 python -m bench.tables
 """
 
 import json
 import re
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from bench.picture import draw
+from bench.tables_cache import cache
+from bench.tables_iterations import curves, iterations, techniques
+from bench.tables_kernels import kernels
+from bench.tables_prefixes import prefixes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-DTYPE = "bf16"
-KERNELS_LEGEND = """A tile's pixels x output channels x input channels (of a kernel without a sum, x channels), its warps, the
-registers of a thread, the shared memory of a block. FLOPs / byte: of DRAM, each tensor read or written once."""
-PREFIXES_LEGEND = """Milliseconds, medians; in brackets the seconds of building, with the first call; `auto` names what it
-chose, and built all of the others. The ratio is of `auto` to the fastest of the four that a user could write by hand, round by
-round; of eager to the same code again: {noise}. Geometric mean of the ratios: {mean}."""
-BY_HAND = ("eager", "fx fuse", "Inductor", "OpenVINO")
-OURS = ("plain", "library", "inductor", "openvino", "auto")
+PICTURE = ROOT / "docs" / "iterations.png"
 
-Record = dict[str, Any]
+
+class Table(NamedTuple):
+    """files: the first that holds rows for it is shown; build: None from a file that holds none; missing: what stands
+    there until one does."""
+
+    files: tuple[str, ...]
+    build: Callable[[Any], str | None]
+    missing: str = ""
+
+
+ON_CPU = "Not measured yet: `make bench` does it."
+ON_GPU = "No GPU has been measured yet: `make bench-gpu` does it."
+TABLES: dict[str, Table] = {
+    "kernels": Table(("kernels.json",), kernels),
+    "prefixes": Table(("cpu.json", "backends-cpu.json"), prefixes),
+    "techniques": Table(("cpu.json",), techniques, ON_CPU),
+    "iterations": Table(("cpu.json",), iterations, ON_CPU),
+    "cache": Table(("cpu.json", "cache-cpu.json"), cache),
+    "techniques on a GPU": Table(("cuda.json",), techniques, ON_GPU),
+}
 
 
 def main() -> None:
-    """Writes each table into README.md, in place of the one between its markers."""
+    """Writes each table into README.md, in place of the one between its markers, and draws the picture if there is one."""
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, (file, table) in TABLES.items():
-        text = renewed(text, name, table(json.loads((RESULTS / file).read_text())))
+    for name in TABLES:
+        text = renewed(text, name, shown(name))
     readme.write_text(text)
+    if drawn := curves(read("cpu.json")):
+        draw(drawn, PICTURE)
+
+
+def read(file: str) -> Any:
+    return json.loads((RESULTS / file).read_text())
+
+
+def shown(name: str) -> str:
+    """What README says in the place of that name. ValueError for a table that must be there and has no rows."""
+    files, build, missing = TABLES[name]
+    for file in files:
+        if (RESULTS / file).exists() and (text := build(read(file))) is not None:
+            return f"{text}\n[All figures](bench/results/{file})."
+    if not missing:
+        raise ValueError(f"no rows for the table {name!r} in {' or '.join(files)} under {RESULTS}: measure them first")
+    return missing
 
 
 def renewed(text: str, name: str, table: str) -> str:
@@ -43,80 +78,6 @@ def renewed(text: str, name: str, table: str) -> str:
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", text)
 
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table's lines."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
-
-
-# ---- kernels
-
-
-def kernels(records: Sequence[Record]) -> str:
-    """A row for each kernel and shape class, a column for each architecture, and what the cells mean."""
-    shown = [record for record in records if record["choice"] and record["dtype"] == DTYPE]
-    archs = list(dict.fromkeys(record["arch"] for record in shown))
-    classes: dict[tuple[str, int | None], dict[str, Record]] = {}
-    for record in shown:
-        classes.setdefault((record["kernel"], record["outputs"]), {})[record["arch"]] = record
-    heads = ["kernel", "outputs", "FLOPs / byte", *(_head(arch, shown) for arch in archs)]
-    rows = [
-        [f"`{kernel}`", f"up to {most}" if most else "any", f"{by_arch[archs[0]]['intensity']:.3g}"]
-        + [_cell(by_arch[arch]) for arch in archs]
-        for (kernel, most), by_arch in classes.items()
-    ]
-    return "\n".join([markdown(heads, rows), "", KERNELS_LEGEND])
-
-
-def _head(arch: str, records: Sequence[Record]) -> str:
-    cores = {record["tensor_core"] for record in records if record["arch"] == arch} - {None}
-    return f"{arch} ({', '.join(sorted(cores))})"
-
-
-def _cell(record: Record) -> str:
-    tile, warps, *_ = record["config"].split(", ")
-    return f"{tile} w{warps.split()[0]}, {record['registers']}, {record['shared'] / 1024:.0f} KiB"
-
-
-# ---- whole prefixes
-
-
-def prefixes(results: Record) -> str:
-    """A row for each network and dtype at full depth: by hand, by backend, and how ``auto`` compares."""
-    rows: dict[str, dict[str, Record]] = {}
-    for bench in results["benchmarks"]:
-        if bench["name"].startswith("bench_prefix") and bench["params"]["share"] == 1.0:
-            _, _, size, _ = bench["extra_info"]["shape"]
-            network = f"{bench['params']['name']}, {size} px, {bench['extra_info']['dtype']}"
-            rows.setdefault(network, {})[bench["params"]["contender"]] = bench
-    heads = ["network", *BY_HAND, *(f"`{name}`" for name in OURS), "ratio"]
-    cells = [
-        [network, *(_time(by.get(name)) for name in (*BY_HAND, *OURS)), f"{by['auto']['extra_info']['ratio']:.2f}"]
-        for network, by in rows.items()
-    ]
-    ratios = [by["auto"]["extra_info"]["ratio"] for by in rows.values()]
-    noise = [_median(by["eager, again"]) / _median(by["eager"]) for by in rows.values()]
-    span = f"{min(noise):.2f} to {max(noise):.2f}"
-    legend = PREFIXES_LEGEND.format(noise=span, mean=f"{statistics.geometric_mean(ratios):.2f}")
-    return "\n".join([markdown(heads, cells), "", legend])
-
-
-def _median(bench: Record) -> float:
-    return float(bench["stats"]["median"])
-
-
-def _time(bench: Record | None) -> str:
-    if bench is None:
-        return ""
-    chosen = bench["extra_info"]["chosen"]
-    by = f" {chosen}" if bench["params"]["contender"] == "auto" else ""
-    return f"{_median(bench) * 1e3:.1f}{by} ({bench['extra_info']['build_seconds']:.1f})"
-
-
-TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "kernels": ("kernels.json", kernels),
-    "prefixes": ("backends-cpu.json", prefixes),
-}
 
 if __name__ == "__main__":
     main()

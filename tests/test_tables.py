@@ -1,30 +1,25 @@
 """README's tables: from the committed results, nothing else."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location("tables", Path(__file__).parents[1] / "bench" / "tables.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-tables = importlib.util.module_from_spec(_SPEC)  # bench is no package of an installation, and not on every path
-_SPEC.loader.exec_module(tables)
+from bench import tables
+from bench.picture import draw
+from bench.tables_cache import cache
+from bench.tables_iterations import curves, iterations, techniques
+from bench.tables_kernels import kernels
+from bench.tables_prefixes import prefixes
+
 BEGIN, END = "<!-- kernels -->", "<!-- /kernels -->"
-
-
-def committed(name: str) -> Any:
-    file, _ = tables.TABLES[name]
-    return json.loads((tables.RESULTS / file).read_text())
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_readme_shows_the_committed_results(name: str) -> None:
     text = (tables.ROOT / "README.md").read_text()
-    _, table = tables.TABLES[name]
-    assert tables.renewed(text, name, table(committed(name))) == text, "python -m bench.tables writes it anew"
+    assert tables.renewed(text, name, tables.shown(name)) == text, "python -m bench.tables writes it anew"
 
 
 def test_only_what_lies_between_the_markers_changes() -> None:
@@ -40,36 +35,147 @@ def test_a_readme_without_one_place_for_it_is_refused(text: str) -> None:
 
 
 def test_each_shape_class_has_a_row_and_each_architecture_a_column() -> None:
-    records = committed("kernels")
-    head, rule, *rows = [line for line in tables.kernels(records).splitlines() if line.startswith("|")]
+    records = tables.read("kernels.json")
+    head, rule, *rows = [line for line in kernels(records).splitlines() if line.startswith("|")]
     assert [cell.split()[0] for cell in head.strip("| ").split(" | ")[3:]] == ["sm_80", "sm_86", "sm_90", "sm_100"]
     assert len(rows) == len({(r["kernel"], r["outputs"]) for r in records if r["choice"] and r["dtype"] == "bf16"})
     assert {line.count("|") for line in (head, rule, *rows)} == {8}
 
 
-def bench(contender: str, median: float, **info: Any) -> dict[str, Any]:
-    shape, dtype = [32, 3, 64, 64], "float32"
+ENVIRONMENT = {"device": "a chip", "threads": "2", "torch": "2.13", "date": "2026-11-28 10:00 UTC"}
+
+
+def row(function: str, median: float, params: dict[str, Any], **info: Any) -> dict[str, Any]:
+    facts = {"shape": [32, 3, 64, 64], "dtype": "float32", "ratio": 1.0, "relative_error": 0.0}
     return {
-        "name": f"bench_prefix[net-{contender}]",
-        "params": {"name": "net", "share": 1.0, "contender": contender},
-        "stats": {"median": median},
-        "extra_info": {"shape": shape, "dtype": dtype, "build_seconds": 2.0, "chosen": contender, "ratio": 1.0, **info},
+        "name": f"{function}[{'-'.join(map(str, params.values()))}]",
+        "params": {"name": "net", **params},
+        "stats": {"median": median, "iqr": median / 10, "rounds": 7},
+        "extra_info": facts | info,
     }
+
+
+def results(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {"benchmarks": list(rows), "environment": ENVIRONMENT}
+
+
+def cells(table: str | None) -> list[list[str]]:
+    """Of each row of a table."""
+    assert table is not None
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
+
+
+def prefix(contender: str, median: float, share: float = 1.0, **info: Any) -> dict[str, Any]:
+    info = {"build_seconds": 2.0, "chosen": contender} | info
+    return row("bench_prefix", median, {"share": share, "contender": contender}, **info)
 
 
 def test_a_prefix_row_by_hand() -> None:
     """Figures in their columns; what was not measured leaves its cell empty; other benchmarks are no rows."""
-    results = {
-        "benchmarks": [
-            bench("eager", 0.08),
-            bench("eager, again", 0.1),
-            bench("auto", 0.04, chosen="library", ratio=0.8),
-            bench("eager", 9.0) | {"params": {"name": "net", "share": 0.5, "contender": "eager"}},
-            bench("eager", 9.0) | {"name": "bench_training[eager]"},
-        ]
+    given = results(
+        prefix("eager", 0.08),
+        prefix("eager, again", 0.1),
+        prefix("auto", 0.04, chosen="library", ratio=0.8),
+        prefix("eager", 9.0, share=0.5),
+        row("bench_training", 9.0, {"contender": "eager"}),
+    )
+    table = prefixes(given)
+    assert cells(table)[1:] == [["net, 64 px, float32", "80.0 (2.0)", *[""] * 7, "40.0 library (2.0)", "0.80"]]
+    assert "1.25 to 1.25" in str(table)
+    assert "Geometric mean of the ratios: 0.80." in str(table)
+    assert "a chip, 2 threads, torch 2.13, 2026-11-28" in str(table)
+
+
+def test_prefixes_without_auto_are_no_table() -> None:
+    assert prefixes(results(prefix("eager", 0.08), prefix("eager, again", 0.1))) is None
+
+
+def technique(name: str, median: float, **info: Any) -> dict[str, Any]:
+    info = {"peak_bytes": 3 << 20, "saved_bytes": 2 << 20} | info
+    return row("bench_technique", median, {"technique": name}, **info)
+
+
+def test_techniques_by_hand() -> None:
+    given = results(
+        technique("eager", 0.2),
+        technique("eager, again", 0.2, ratio=1.04),
+        technique("cache", 0.05, ratio=0.25, peak_bytes=1 << 20, saved_bytes=0, relative_error=3.2e-7),
+    )
+    head, *rows = cells(techniques(given))
+    assert head[1:] == ["net, 64 px, batch 32: ms", "ratio", "peak / kept, MiB", "error"]
+    by = {what.partition(":")[0]: figures for what, *figures in rows}
+    assert by["eager"] == ["200.0", "1.00", "3 / 2", "0e+00"]
+    assert by["cache"] == ["50.0", "0.25", "1 / 0", "3e-07"]
+    assert by["fold"] == [""] * 4
+    assert "n = 7, the interquartile range at most 10% of the median" in str(techniques(given))
+    assert "1.04 to 1.04" in str(techniques(given))
+    assert techniques(results()) is None
+
+
+def iteration(contender: str, share: float, median: float, **info: Any) -> dict[str, Any]:
+    return row("bench_iteration", median, {"share": share, "contender": contender}, **info)
+
+
+def test_iterations_by_hand() -> None:
+    """A row for each depth; rows of files that hold no memory are left out."""
+    memory = {"peak_bytes": 5 << 20}
+    given = results(
+        iteration("plain", 0.5, 0.2, **memory),
+        iteration("fxfreeze", 0.5, 0.1, **memory),
+        iteration("by hand, again", 0.5, 0.1, ratio=0.97, **memory),
+        iteration("plain", 0.25, 0.3, **memory),
+        iteration("plain", 0.75, 9.0),
+    )
+    head, *rows = cells(iterations(given))
+    assert [(line[1], line[head.index("plain")], line[head.index("fxfreeze")]) for line in rows] == [
+        ("25%", "300.0 (5)", ""),
+        ("50%", "200.0 (5)", "100.0 (5)"),
+    ]
+    assert "0.97 to 0.97" in str(iterations(given))
+    assert iterations(results(iteration("plain", 0.75, 9.0))) is None
+    assert curves(given) == {
+        "net": {"plain": [(0.5, 1.0), (0.25, 1.0)], "fxfreeze": [(0.5, 0.5)], "by hand, again": [(0.5, 0.5)]}
     }
-    _, _, row, _, *legend = tables.prefixes(results).splitlines()
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells == ["net, 64 px, float32", "80.0 (2.0)", *[""] * 7, "40.0 library (2.0)", "0.80"]
-    assert "1.25 to 1.25" in " ".join(legend)
-    assert "Geometric mean of the ratios: 0.80." in " ".join(legend)
+    assert "docs/iterations.png" in str(iterations(given))
+
+
+def test_one_depth_alone_is_no_picture(tmp_path: Path) -> None:
+    memory = {"peak_bytes": 5 << 20}
+    one = [iteration("plain", 0.5, 0.2, **memory), iteration("fxfreeze", 0.5, 0.1, **memory)]
+    assert curves(results(*one)) == {}
+    assert "docs/iterations.png" not in str(iterations(results(*one)))
+    draw(curves(results(*one, iteration("plain", 0.25, 0.2, **memory))), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_cache_by_hand() -> None:
+    info = {"row_bytes": 2048, "bytes": None, "write_seconds": 0.0, "epochs_to_win_back": 0.0}
+    epochs = {
+        "cached, from RAM": 1.02,
+        "cached, from disk": 1.03,
+        "frozen half computed": 1.23,
+        "live half alone, tensors in memory, again": 1.01,
+    }
+    given = results(
+        row("bench_break_even", 0.032, {"depth": 9, "what": "compute"}, **info),
+        row("bench_break_even", 32e-6, {"depth": 9, "what": "read"}, **info),
+        *(row("bench_epoch", 1.0, {"contender": name}, ratio=ratio) for name, ratio in epochs.items()),
+    )
+    table = cache(given)
+    assert cells(table)[1:] == [["9 of 10", "2 KiB", "1000 us", "1 us", "under 1 us", "at once"]]
+    assert "takes 1.02 times\n(from RAM) and 1.03 times (from disk)" in str(table)
+    assert cache(results(given["benchmarks"][0])) is None
+
+
+def test_a_table_that_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next file is asked; then it says so, or it must be there."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setitem(tables.TABLES, "optional", tables.Table(("a.json", "b.json"), lambda r: r["shown"], "not yet"))
+    monkeypatch.setitem(tables.TABLES, "needed", tables.Table(("a.json",), lambda r: r["shown"]))
+    assert tables.shown("optional") == "not yet"
+    with pytest.raises(ValueError, match=r"no rows for the table 'needed' in a.json"):
+        tables.shown("needed")
+    (tmp_path / "a.json").write_text(json.dumps({"shown": None}))
+    (tmp_path / "b.json").write_text(json.dumps({"shown": "of b"}))
+    assert tables.shown("optional") == "of b\n[All figures](bench/results/b.json)."
