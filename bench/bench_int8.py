@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import fxfreeze
 from bench.clock import Contender, interleave
 from bench.rows import Subject
+from bench.scale import SMALL
 from fxfreeze import data
 from fxfreeze.backends import int8
 from fxfreeze.fidelity import BOUNDS, INT8_BOUND, relative_error
@@ -96,6 +97,7 @@ def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dic
         return interleave(runs, ROUNDS), segments, errors
 
 
+@pytest.mark.skipif(SMALL, reason="small runs compile nothing")
 @pytest.mark.skipif(not _here(), reason="openvino or nncf is not installed")
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("name", NETWORKS)

@@ -17,6 +17,7 @@ from bench.roofline import Work
 from bench.rows import Subject, facts
 
 SUITES = {
+    "bench_overlap",
     "bench_prefix",
     "bench_technique",
     "bench_iteration",
