@@ -14,13 +14,14 @@ import torch
 from torch.fx import GraphModule
 
 from fxfreeze.backends import openvino
+from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import AFTER
 from fxfreeze.fidelity import few_samples
 from fxfreeze.kernels import engine
 from fxfreeze.operators import op_of
 from fxfreeze.passes.fused_conv import onednn_supports
 from fxfreeze.rewrite import constant
-from fxfreeze.runtime import Computation, Segment
+from fxfreeze.runtime import Segment
 from fxfreeze.sizes import seconds_text
 from fxfreeze.timings import Times, Timings
 

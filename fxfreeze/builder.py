@@ -11,10 +11,12 @@ from torch.fx import GraphModule
 
 from fxfreeze.auto import choose, first_choice, rivals
 from fxfreeze.backends import BACKENDS, Backend, candidates, is_here, quantizing, remark
+from fxfreeze.building import DECIDED, TRANSFORMED, build
 from fxfreeze.chain import Span
+from fxfreeze.computation import Computation
 from fxfreeze.layouts import kind_of
 from fxfreeze.likeness import digest
-from fxfreeze.runtime import DECIDED, TRANSFORMED, Computation, Segment, build
+from fxfreeze.runtime import Segment
 from fxfreeze.timings import Timings, case_of
 
 __all__ = ["Builder", "Decision", "DecisionKey", "Site"]

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fxfreeze.computation import Computation
 from fxfreeze.frontier import Frontier
 from fxfreeze.prefix import Prefix
-from fxfreeze.runtime import Computation, Segment
+from fxfreeze.runtime import Segment
 from fxfreeze.split import Split, between, split
 from fxfreeze.trace import Traced
 from fxfreeze.units import Ownership

@@ -30,8 +30,10 @@ INT8_BOUND = 5e-2  # 8-bit weights and activations: 0.3-2% measured where traini
 _SAMPLES = 4
 
 
-def bound_of(dtype: torch.dtype) -> float:
-    """The largest relative error, by norm, of values that were computed in ``dtype``."""
+def bound_of(dtype: torch.dtype, device: str) -> float:
+    """The largest relative error, by norm, of values that were computed in ``dtype`` on a type of device."""
+    if dtype is torch.float32 and device == "cuda" and torch.backends.cudnn.allow_tf32:
+        return TF32_BOUND
     return BOUNDS.get(dtype, BOUNDS[torch.bfloat16])
 
 

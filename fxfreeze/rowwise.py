@@ -85,7 +85,9 @@ def _same_in_copies(batch: Any, copies: Any, is_row: bool, sample: int) -> bool:
     if not is_row:
         return _agree(batch, copies, copies, is_row, 0)
     row, alone = batch[sample : sample + 1], copies[sample : sample + 1]
-    return _close(row, alone, _exact(batch)) and _close(copies, alone.expand_as(copies), bound_of(copies.dtype))
+    return _close(row, alone, _exact(batch)) and _close(
+        copies, alone.expand_as(copies), bound_of(copies.dtype, copies.device.type)
+    )
 
 
 def _refuse_hooks(plain: GraphModule) -> None:
@@ -173,7 +175,7 @@ def _agree(a: Any, b: Any, c: Any, is_row: bool, where: int) -> bool:
     Of what all samples share, whether it is the same.
     """
     if is_row:
-        return _close(a[:1], c[:1], _exact(a)) and _close(a[:1], b[where : where + 1], bound_of(a.dtype))
+        return _close(a[:1], c[:1], _exact(a)) and _close(a[:1], b[where : where + 1], bound_of(a.dtype, a.device.type))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return isinstance(c, Tensor) and a.shape == b.shape == c.shape and _close(a, b, 0.0) and _close(a, c, 0.0)
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == c)
@@ -181,7 +183,7 @@ def _agree(a: Any, b: Any, c: Any, is_row: bool, where: int) -> bool:
 
 def _exact(values: Tensor) -> float:
     """The bound of what is the same computation."""
-    return 0.0 if values.device.type == "cpu" else bound_of(values.dtype)
+    return 0.0 if values.device.type == "cpu" else bound_of(values.dtype, values.device.type)
 
 
 def _close(a: Tensor, b: Tensor, bound: float) -> bool:

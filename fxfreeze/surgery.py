@@ -19,12 +19,13 @@ from torch.fx import GraphModule
 from fxfreeze.attributes import Read, Settings, changed
 from fxfreeze.builder import Builder, Decision, DecisionKey, Site
 from fxfreeze.chain import Chain, Span
+from fxfreeze.computation import Computation
 from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import has_storage, kind_of
 from fxfreeze.likeness import same_constants, signature
 from fxfreeze.prefix import Prefix
-from fxfreeze.runtime import Computation, Segment
+from fxfreeze.runtime import Segment
 from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
 from fxfreeze.units import Ownership

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxfreeze
 from fxfreeze import FreezableModel, Milestones
 from fxfreeze.backends import Backend
+from fxfreeze.building import build
+from fxfreeze.computation import Computation
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.inputs import flatten_inputs
 from fxfreeze.rewrite import Pass
-from fxfreeze.runtime import Computation, Segment, build
+from fxfreeze.runtime import Segment
 from fxfreeze.split import split
 from fxfreeze.trace import trace
 from fxfreeze.units import Ownership, Unit

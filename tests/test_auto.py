@@ -17,8 +17,9 @@ import fxfreeze
 from fxfreeze import FreezeOut, FreezeScheduler, Milestones, auto
 from fxfreeze.auto import choose
 from fxfreeze.backends import BACKENDS, Backend
+from fxfreeze.computation import Computation
 from fxfreeze.fidelity import BOUNDS, relative_error
-from fxfreeze.runtime import Computation, Segment
+from fxfreeze.runtime import Segment
 from fxfreeze.schedule import until_next_freeze
 from fxfreeze.timings import Times, Timings
 

@@ -242,7 +242,7 @@ def test_threads(graphs: CudaGraphs, recorder: Recorder) -> None:
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> Iterator[Recorder]:
     """On a CPU too, frozen parts are recorded."""
-    monkeypatch.setattr("fxfreeze.runtime.graphs_on", lambda device: CudaGraphs(recorder if device == "cpu" else None))
+    monkeypatch.setattr("fxfreeze.building.graphs_on", lambda device: CudaGraphs(recorder if device == "cpu" else None))
     return recorder
 
 

@@ -22,7 +22,7 @@ LEVELS = [
     ["fxfreeze.kernels"],
     ["fxfreeze.schedule", "fxfreeze.trace", "fxfreeze.units", "fxfreeze.split", "fxfreeze.rewrite"],
     ["fxfreeze.passes"],
-    ["fxfreeze.runtime"],
+    ["fxfreeze.runtime", "fxfreeze.building"],
     ["fxfreeze.model"],
     ["fxfreeze.optim", "fxfreeze.cache", "fxfreeze.cost", "fxfreeze.report"],
     ["fxfreeze.cli"],

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fxfreeze.builder
 from fxfreeze import FreezableModel, Milestones, TraceRefusal
+from fxfreeze.building import build
 from fxfreeze.fidelity import BOUNDS, relative_error
-from fxfreeze.runtime import build
 
 NEVER = Milestones({"stem": 10**6})
 

@@ -8,9 +8,10 @@ import torch
 from frozen import assert_as_original, casts_of, frozen_to, images, network
 
 import fxfreeze.builder
+from fxfreeze.building import build
+from fxfreeze.computation import Computation
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.prefix import Prefix
-from fxfreeze.runtime import Computation, build
 
 PRECISIONS = ["fp32", "bf16", "fp16", torch.float32, torch.bfloat16, torch.float16]
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxfreeze.backends import BACKENDS, Backend
+from fxfreeze.building import DECIDED, build
+from fxfreeze.computation import Computation
 from fxfreeze.fidelity import relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
-from fxfreeze.runtime import DECIDED, Computation, build
 
 
 def skewed(module: GraphModule) -> list[Outcome]:

@@ -10,7 +10,7 @@ from parity import compare, freezable, freeze_by_hand, settle
 from split_cases import D, Net, conv, image
 from torch import Tensor, nn
 
-from fxfreeze.runtime import TRANSFORMED
+from fxfreeze.building import TRANSFORMED
 
 
 def chain() -> Net:

@@ -9,8 +9,10 @@ from frozen import plain_graph, settle
 from torch import Tensor, nn
 
 from fxfreeze.backends import Backend
+from fxfreeze.building import build
+from fxfreeze.computation import Computation
 from fxfreeze.rewrite import Outcome, Pass, called
-from fxfreeze.runtime import Computation, Segment, build
+from fxfreeze.runtime import Segment
 
 
 class Net(nn.Module):
