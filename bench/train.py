@@ -29,6 +29,7 @@ from fxfreeze.cli import MISUSE, Parser
 from fxfreeze.commands import INTERRUPTED, refusing, wide_console
 from fxfreeze.imports import ChoiceError
 from fxfreeze.inputs import TraceRefusal
+from fxfreeze.option_types import number, whole
 from fxfreeze.progress import display, stop_on_interrupt
 from fxfreeze.recipes import Settings
 from fxfreeze.task import Task, find_device, prepare
@@ -183,40 +184,27 @@ def _parser() -> Parser:
     parser.add_argument(
         "--shares", default=SHARES, metavar="LIST", help="lengths of shorter plain runs (default: %(default)s)"
     )
-    parser.add_argument("--seeds", type=_whole, default=3, metavar="K", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=3, metavar="K", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first one (default: %(default)s)")
     parser.add_argument(
-        "--epochs", type=_whole, metavar="N", help="of plain training (default: 30 on a GPU, 4 on a CPU)"
+        "--epochs", type=whole(1), metavar="N", help="of plain training (default: 30 on a GPU, 4 on a CPU)"
     )
-    parser.add_argument("--batch-size", type=_whole, metavar="N", help="(default: 128 on a GPU, 32 on a CPU)")
-    parser.add_argument("--lr", type=_positive, default=0.1, metavar="RATE", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=whole(1), metavar="N", help="(default: 128 on a GPU, 32 on a CPU)")
+    parser.add_argument("--lr", type=number(0), default=0.1, metavar="RATE", help="(default: %(default)s)")
     parser.add_argument("--samples", metavar="TRAIN,VAL,TEST", help="default: all on a GPU, 4000,1000,2000 on a CPU")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=_whole, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
-        "--minutes", type=_positive, metavar="M", help="stop in time; the same command goes on from there"
+        "--minutes", type=number(0), metavar="M", help="stop in time; the same command goes on from there"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("end-to-end.json"), metavar="FILE", help="(default: %(default)s)"
     )
     parser.add_argument("--no-progress", dest="progress", action="store_false", help="show nothing while training")
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        return _numbers("it", text, 1)[0]
-    except ChoiceError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from fxfreeze import cache_commands, checkpoint, commands, data, kernel_commands, profile_commands, zoo
 from fxfreeze.imports import ChoiceError
 from fxfreeze.inputs import TraceRefusal
+from fxfreeze.option_types import number, whole, wholes, writable
 from fxfreeze.profiling import MOST_DEPTHS, ROUNDS
 from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, Settings
 from fxfreeze.task import prepare
@@ -187,39 +187,37 @@ def _add_task(verb: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--download", action="store_true", help="fetch them if they are missing")
     group.add_argument("--device", metavar="NAME", help=_with_default("device", "cpu, cuda, cuda:1, ..."))
-    group.add_argument("--threads", type=_whole(1), metavar="N", help="CPU threads (default: torch's)")
+    group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
 
 
 def _add_schedule(verb: argparse.ArgumentParser) -> None:
     group = verb.add_argument_group("how long, and when units freeze")
-    group.add_argument("--epochs", type=_whole(1), metavar="N", help=_with_default("epochs", "of plain training"))
-    group.add_argument("--batch-size", type=_whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
+    group.add_argument("--epochs", type=whole(1), metavar="N", help=_with_default("epochs", "of plain training"))
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
     group.add_argument(
         "--how", choices=("linear", "squared", "cubic"), help=_with_default("how", "spacing of the freezes")
     )
     first = "share of the steps before the first freeze, ahead of --how's power"
-    group.add_argument("--t0", type=_number(0, 1), metavar="T", help=_with_default("t0", first))
+    group.add_argument("--t0", type=number(0, 1), metavar="T", help=_with_default("t0", first))
     group.add_argument("--scale-lr", action="store_true", help="raise the rates of units that freeze early")
     group.add_argument(
         "--steps-scale",
-        type=_number(0),
+        type=number(0),
         metavar="X",
         help=_with_default("steps_scale", "steps under FreezeOut per step of plain training"),
     )
-    group.add_argument("--seed", type=_whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
+    group.add_argument("--seed", type=whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
 
 
 def _add_training(verb: argparse.ArgumentParser, precisions: Sequence[str]) -> None:
     group = verb.add_argument_group("optimizer (SGD with Nesterov momentum)")
-    group.add_argument("--lr", type=_number(0), metavar="X", help=_with_default("lr", "learning rate at the start"))
-    group.add_argument("--momentum", type=_number(0, zero=True), metavar="X", help=_with_default("momentum", "of SGD"))
-    group.add_argument(
-        "--weight-decay", type=_number(0, zero=True), metavar="X", help=_with_default("weight_decay", "")
-    )
+    group.add_argument("--lr", type=number(0), metavar="X", help=_with_default("lr", "learning rate at the start"))
+    group.add_argument("--momentum", type=number(0, zero=True), metavar="X", help=_with_default("momentum", "of SGD"))
+    group.add_argument("--weight-decay", type=number(0, zero=True), metavar="X", help=_with_default("weight_decay", ""))
     about = f"of autocast; fp32: none{'; int8: none, and one row more' if 'int8' in precisions else ''}"
     group.add_argument("--precision", choices=precisions, help=_with_default("precision", about))
     verb.add_argument(
-        "--block", type=_whole(1), metavar="N", help=_with_default("block", "steps of plain between turns")
+        "--block", type=whole(1), metavar="N", help=_with_default("block", "steps of plain between turns")
     )
     verb.add_argument("--no-progress", dest="progress", action="store_false", help="show nothing while training")
 
@@ -230,7 +228,7 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--rows", type=lambda text: text.split(","), metavar="ROWS", help=rows)
     verb.add_argument(
-        "--seeds", type=_whole(1), metavar="K", help=_with_default("seeds", "repeat with --seed, --seed + 1, ...")
+        "--seeds", type=whole(1), metavar="K", help=_with_default("seeds", "repeat with --seed, --seed + 1, ...")
     )
     verb.add_argument(
         "--finetune", action="store_true", help="pretrain on half of the classes, then compare on the other half"
@@ -240,60 +238,26 @@ def _add_compare(verb: argparse.ArgumentParser) -> None:
 
 def _add_train(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--row", choices=FROM_SCRATCH[:3], help=_with_default("row", "by which recipe"))
-    verb.add_argument("--save", type=_file, metavar="PATH", help="checkpoint, at the end of epochs, the end and Ctrl-C")
+    verb.add_argument(
+        "--save", type=writable, metavar="PATH", help="checkpoint, at the end of epochs, the end and Ctrl-C"
+    )
     verb.add_argument("--resume", type=Path, metavar="PATH", help="go on from a checkpoint, as what it was begun as")
 
 
 def _add_profile(verb: argparse.ArgumentParser) -> None:
     _add_task(verb)
     group = verb.add_argument_group("what is measured")
-    group.add_argument("--batch-size", type=_whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
-    group.add_argument("--seed", type=_whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help=_with_default("batch_size", "samples a step"))
+    group.add_argument("--seed", type=whole(0), metavar="N", help=_with_default("seed", "of weights and data order"))
     few = f"units frozen, comma-separated (default: all, or {MOST_DEPTHS} evenly spread); 0 is always measured"
-    group.add_argument("--depths", type=_wholes, metavar="N,N", help=few)
-    group.add_argument("--rounds", type=_whole(1), metavar="N", help=_with_default("rounds", "turns of each depth"))
-    verb.add_argument("--json", type=_file, metavar="FILE", help="write the figures, in seconds")
-    verb.add_argument("--plot", type=_file, metavar="FILE", help="draw the staircase (.png, .svg, .pdf)")
+    group.add_argument("--depths", type=wholes, metavar="N,N", help=few)
+    group.add_argument("--rounds", type=whole(1), metavar="N", help=_with_default("rounds", "turns of each depth"))
+    verb.add_argument("--json", type=writable, metavar="FILE", help="write the figures, in seconds")
+    verb.add_argument("--plot", type=writable, metavar="FILE", help="draw the staircase (.png, .svg, .pdf)")
     about = "write a Chrome trace of an iteration at each depth, its ranges named by unit"
-    verb.add_argument("--trace", type=_file, metavar="FILE", help=about)
+    verb.add_argument("--trace", type=writable, metavar="FILE", help=about)
     verb.add_argument("--no-progress", dest="progress", action="store_false", help="show nothing while measuring")
 
 
 def _with_default(name: str, about: str) -> str:
     return f"{about} (default: {DEFAULTS[name]})".strip()
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return parse
-
-
-def _wholes(text: str) -> list[int]:
-    return [_whole(0)(part) for part in text.split(",")]
-
-
-def _number(least: float, most: float = math.inf, *, zero: bool = False) -> Callable[[str], float]:
-    """Reads a finite number above `least` (or equal to it if `zero`) and up to `most`."""
-    limits = f"{'at least' if zero else 'above'} {least}" + (f" and up to {most}" if math.isfinite(most) else "")
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and (value > least or (zero and value == least)) and value <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
-        return value
-
-    return parse
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} can't be a file: name one in a folder that exists")
-    return path

@@ -434,7 +434,7 @@ def test_the_files_of_torchvision_are_taken_too(tmp_path: Path, out: Path) -> No
         (("--shares", "0.5,1"), "between 0 and 1"),
         (("--samples", "96,12"), "expected 3 numbers"),
         (("--samples", "999,12,30"), "asks for 999 of train"),
-        (("--minutes", "nan"), "expected 1 numbers above 0"),
+        (("--minutes", "nan"), "is not a number above 0"),
         (("--out", "absent/figures.json"), "can't be written"),
     ],
 )
