@@ -49,11 +49,12 @@ DTYPES = ["bfloat16"] if ON_CUDA else [n for n in ("float32", "bfloat16") if one
 class Measured:
     """times: seconds by contender; builds: of building it, with its first call; errors: relative, against float64.
 
-    chosen: what auto runs by.
+    backends: of fxfreeze's own, the seconds of passes, compiler and self-check; chosen: what auto runs by.
     """
 
     work: Work
     builds: dict[str, float] = field(default_factory=dict)
+    backends: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)
     chosen: str = ""
@@ -118,6 +119,7 @@ def measured(network: str, dtype: torch.dtype, share: float) -> Measured:
         with _computing(dtype):
             segment = _segment(net, share, who, x)
             contenders[who] = _under(dtype, rotated(segment, [x]))
+            found.backends[who] = segment.seconds
             settle(who, began)
         found.chosen = segment.backend if who == "auto" else found.chosen
     with torch.no_grad():
@@ -152,6 +154,7 @@ def bench_prefix(row, benchmark, name: str, dtype: str, share: float, contender:
     best = min(rivals, key=lambda who: statistics.median(found.times[who]))
     more = {
         "build_seconds": found.builds[contender],
+        "backend_seconds": found.backends.get(contender),
         "chosen": found.chosen if contender == "auto" else contender,
     }
     row(
