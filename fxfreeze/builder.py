@@ -49,7 +49,8 @@ class Site(NamedTuple):
     """What a segment is built from.
 
     values: inputs as the original hands them over; native: as they were computed; steps: of training that will run it, 0
-    where nothing may be tried; training: whether it is a training batch.
+    where nothing may be tried; training: whether it is a training batch; restless: a tensor that it reads, and that
+    changes again and again.
     """
 
     span: Span
@@ -59,6 +60,7 @@ class Site(NamedTuple):
     computation: Computation
     steps: float
     training: bool
+    restless: str | None = None
 
     @property
     def transformed(self) -> bool:
@@ -86,7 +88,13 @@ class Builder:
     def build(self, site: Site) -> Segment:
         """The segment by the first backend that can run it; the traced graph itself if none can."""
         earlier = None if site.transformed else self.decisions.get(site.key)
-        settled = TRANSFORMED if site.transformed else DECIDED if earlier and not earlier.rewritten else None
+        settled = DECIDED if earlier and not earlier.rewritten else None
+        if site.transformed:
+            settled = TRANSFORMED
+        elif site.restless is not None:
+            settled = (
+                f"it reads {site.restless.removeprefix('root.')!r}, which no frozen unit owns, and which keeps changing"
+            )
         for name in (names := self._names(site, earlier)):
             segment = self._by(site, settled, name)
             if segment.reason == settled:
@@ -96,7 +104,7 @@ class Builder:
         if (note := remark(segment.backend, site.computation.device)) is not None:
             segment.notes += (note,)
             self.warn(note)
-        if not site.transformed:
+        if not site.transformed and site.restless is None:
             segment.on_drop = partial(self._decide, site.key)
             may_change = segment.reason is None and segment.repeatable
             segment.undecided = self.backend == "auto" and earlier is None and may_change

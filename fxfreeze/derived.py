@@ -3,14 +3,15 @@
 It may be dropped at any time and is never saved; only the decisions outlive it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxfreeze.builder import Decision, DecisionKey
-from fxfreeze.layouts import is_transformed
+from fxfreeze.readings import Readings, Sign, sign_of
 from fxfreeze.surgery import Surgery
 from fxfreeze.units import Ownership, Unit
 
@@ -22,6 +23,8 @@ class Derived:
 
     decisions: how each segment was decided to run; ahead: how many training steps will run what is built now.
     """
+
+    surgery: Surgery
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class Derived:
         self.decisions: dict[DecisionKey, Decision] = {}
         self.warned: set[str] = set()
         self.ahead = ahead
-        self.surgery = Surgery(net, ownership, 0, precision, backend, self.decisions, ahead, self.warned)
+        self.changes: Counter[str] = Counter()  # of tensors that frozen parts read from outside
         self.start(0)
 
     def start(self, depth: int) -> None:
@@ -50,7 +53,8 @@ class Derived:
         self._children = self._tree()
         self.frozen = [self.net.get_submodule(name) for unit in frozen for name in unit.modules]
         self._slots = [(held, key) for _, held, key in frozen_tensors(self.net, self.ownership.units, depth)]
-        self._seen: list[tuple[int, int, int]] = []
+        self._seen: list[Sign] = []
+        spent = self.surgery.seconds if "surgery" in self.__dict__ else 0.0
         self.surgery = Surgery(
             self.net,
             self.ownership,
@@ -59,26 +63,31 @@ class Derived:
             self.backend,
             self.decisions,
             self.ahead,
+            Readings({(id(held), key) for held, key in self._slots}),
+            self.changes,
             self.warned,
-            self.surgery.seconds,
+            spent,
         )
 
     def current(self) -> Surgery:
-        """The plans: new ones if a frozen tensor is another, lies elsewhere, or was written into."""
+        """The plans: new ones if a frozen tensor, or one that they read, is another, lies elsewhere, or was written into."""
         for owner, name in self._slots:
             tensor = owner.get(name)
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.is_leaf:
                 tensor.requires_grad_(False)  # thawed behind the model's back, or put in another's place
         seen = self.signs()
-        if seen != self._seen or self._children != self._tree():
+        changed = self.surgery.readings.changed()
+        if changed is not None:
+            self.changes[changed] += 1
+        if changed is not None or seen != self._seen or self._children != self._tree():
             self.start(self.depth)
             self._seen = self.signs()
         return self.surgery
 
-    def signs(self) -> list[tuple[int, int, int]]:
+    def signs(self) -> list[Sign]:
         """What differs once a frozen tensor is another, lies elsewhere, or was written into."""
         tensors = [tensor for owner, name in self._slots if (tensor := owner.get(name)) is not None]
-        return [(id(t), 0 if t.is_inference() else t._version, _address(t)) for t in tensors]
+        return [sign_of(tensor) for tensor in tensors]
 
     def _tree(self) -> list[int]:
         """What differs once a module was put in another's place, added or taken away."""
@@ -101,10 +110,6 @@ class Derived:
             for m in self.modules
         ]
         return tuple([m.training for m in self.modules]), tuple(hooks) if any(hooks) else ()
-
-
-def _address(tensor: Tensor) -> int:
-    return 0 if is_transformed(tensor) else tensor.data_ptr()
 
 
 def frozen_tensors(net: nn.Module, units: Sequence[Unit], depth: int) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -7,6 +7,7 @@ import contextlib
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import has_storage, kind_of
 from fxfreeze.likeness import same_constants, signature
 from fxfreeze.prefix import Prefix
+from fxfreeze.readings import Readings
 from fxfreeze.runtime import Segment
 from fxfreeze.split import split
 from fxfreeze.trace import Traced, trace
@@ -34,6 +36,7 @@ __all__ = ["Plan", "Surgery", "plan_key"]
 
 
 _MOST_PLANS = 256  # kept at one time; numbers that change at every call make as many plans as there are calls
+_MOST_CHANGES = 3  # of a tensor from outside, until what reads it runs as it is
 _MANY_PLANS = 16  # made at one depth: worth telling the user
 
 
@@ -97,7 +100,8 @@ class Surgery:
     """Plans for one network at one depth.
 
     decisions: what earlier builds, or those of a resumed run, decided; warned: what the user has been told already;
-    ahead: how many training steps will run what is built now, 0 where nothing may be tried.
+    ahead: how many training steps will run what is built now, 0 where nothing may be tried; readings: what segments read
+    from outside of frozen units; changes: how often each of these has changed.
     """
 
     net: nn.Module
@@ -107,6 +111,8 @@ class Surgery:
     backend: str
     decisions: dict[DecisionKey, Decision]
     ahead: Callable[[], float]
+    readings: Readings
+    changes: Counter[str]
     warned: set[str] = field(default_factory=set)
     seconds: float = 0.0
     prefix: Prefix = field(init=False)
@@ -231,11 +237,14 @@ class Surgery:
         like = (f"{span} {signature(plain)} {Settings(_layers(plain))} {callers} {given}", computation)
         built = self._segments.setdefault(like, [])
         segment = next((s for s in built if same_constants(s.plain, plain)), None)
-        site = Site(span, plain, values, native, computation, self._steps(), self._training)
+        restless = next((name for name in self.readings.names(plain) if self.changes[name] >= _MOST_CHANGES), None)
+        site = Site(span, plain, values, native, computation, self._steps(), self._training, restless)
         if segment is None:
             segment = self.builder.build(site)
             segment.notes += notes
             built.append(segment)
+        if segment.repeatable and restless is None:  # else it runs as it is, or writes into what it reads
+            self.readings.note(plain)
         self.builder.settle(segment, site)
         return segment
 
