@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxfreeze.audit import Audit
 from fxfreeze.backends import Backend
 from fxfreeze.backends.compiled import Compiled, unrepeatable
 from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import graphs_on
-from fxfreeze.fidelity import Recorder, bound_of, cut_like, reference, relative_error
+from fxfreeze.fidelity import INT8_BOUND, Recorder, bound_of, cut_like, reference, relative_error
 from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import rehearsed
@@ -104,6 +105,7 @@ def _compile(
         why = f"{type(error).__name__}: {error}"
     if why is None:
         segment.compiled = (compiled,)
+        segment.audit = Audit(2 * INT8_BOUND) if compiled.ranges is not None else None
     else:
         segment.error, segment.bound = uncompiled
     return why

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fxfreeze.backends.compiled import kinds_of
 from fxfreeze.layouts import is_transformed
+from fxfreeze.numerics import switches
+from fxfreeze.observers import observed
 
 __all__ = ["AFTER", "CudaGraphs", "Recorded", "graphs_on"]
 
@@ -67,14 +69,16 @@ class CudaGraphs:
         return tuple(function(*inputs))
 
     def __str__(self) -> str:
-        shapes = ", ".join(made[0].shapes for made in self._recordings.values())
+        shapes = ", ".join(made[0].shapes for made in self._recordings.values() if made)
         recorded = [f"CUDA graphs recorded for {shapes}"] if shapes else []
         return "; ".join([*recorded, *(f"no CUDA graph: {why}" for why in dict.fromkeys(self.failed.values()))])
 
     def _free(self, function: Function, inputs: Sequence[Tensor]) -> "_Recording | None":
         """A recording of which nothing alive is left, made if there may be another."""
-        kind = (function, kinds_of(inputs), _stream(inputs[0].device))
+        device = inputs[0].device
+        kind = function, kinds_of(inputs), _stream(device), switches(device.type)
         made = self._recordings.get(kind, [])
+        made[:] = [recording for recording in made if recording.whole]
         if (free := next((recording for recording in made if recording.free), None)) is not None:
             return free
         if kind in self.failed or not self._may_record(kind, made):
@@ -106,12 +110,21 @@ class _Recording:
         storages = {s._cdata: s for s in (t.untyped_storage() for t in recorded.outputs)}
         self._written = [s for s in storages.values() if s.data_ptr() not in recorded.lasting]
         storages.clear()
+        self._places = self._where()
         self._idle = self._references()
 
     @property
     def free(self) -> bool:
         """Whether nothing refers to what the last replay wrote: no tensor, no tape, no storage."""
         return self._references() == self._idle
+
+    @property
+    def whole(self) -> bool:
+        """Whether its memory is where it was: whoever held an output may have resized it."""
+        return self._where() == self._places
+
+    def _where(self) -> list[tuple[int, int]]:
+        return [(s.data_ptr(), s.nbytes()) for s in self._written]
 
     def _references(self) -> list[int]:
         """Of each written storage, how many tensors, and how many names in Python, refer to it.
@@ -131,7 +144,7 @@ class _Recording:
 
 def _recordable(inputs: Sequence[Any]) -> bool:
     """Whether a recording can stand for a call with these: plain tensors of one device, with nobody recording already."""
-    if torch.compiler.is_compiling() or not inputs:
+    if observed() or not inputs:
         return False
     if not all(type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided for x in inputs):
         return False

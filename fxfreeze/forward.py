@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fxfreeze.inputs import TraceRefusal
 from fxfreeze.rows import batch_size, like, merged, repeated, resized, take
 from fxfreeze.rowwise import NotRowwise, Undecided
 from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
-from fxfreeze.surgery import Plan, Surgery, plan_key
+from fxfreeze.surgery import Given, Plan, Surgery, plan_key
 
 __all__ = ["Forward"]
 
@@ -49,13 +50,13 @@ class Forward:
         if call.batch is not None and call.batch.depth > derived.depth:
             call.check_batch(call.batch, self.net)  # it was made before the depth was lowered
             return self(derived, *call.fetched(call.batch))
-        if self.training:
-            self._learn(call.tensors)
+        if self.training and self._learn(call.tensors):
+            derived.start(derived.depth)  # what was compiled is for fewer samples
         if not derived.depth:
             self._show(call)
             return self.net.forward(*args, **kwargs)
         try:
-            plan = call.plan()
+            plan = call.plan(partial(self._given, call))
         except TraceRefusal as error:
             refusal = error
         else:
@@ -71,11 +72,14 @@ class Forward:
         call.surgery.refuse(call.key, refusal)
         return outputs
 
-    def _learn(self, tensors: Sequence[Tensor]) -> None:
+    def _learn(self, tensors: Sequence[Tensor]) -> bool:
+        """Take note of a training batch; whether those before had fewer samples."""
         count = batch_size(tensors) or 0
+        grows = 0 < self.batch_size < count
         self.batch_size = max(self.batch_size, count)
         if not self._witnesses and count > 1:
             self._witnesses = [t[:_WITNESSES].detach().clone() for t in tensors]
+        return grows
 
     @property
     def training(self) -> bool:
@@ -107,8 +111,7 @@ class Forward:
         if not self.training and not self.batch_size:
             fills = []  # it is not known yet how training will compute a row
         count = batch_size(tensors)
-        steady = self.training or fills or (chain.computation.quantized and self.batch_size)
-        if steady and count is not None and count != self.batch_size:
+        if (self._steady(chain) or fills) and count and count != self.batch_size:
             if self._pads(chain, tensors):
                 rows = self._rows(call, plan, Part(0, None, tensors), fills)
                 return chain.handed_over(chain.frontier(chain.depth).completed(rows, tensors), tensors)
@@ -119,6 +122,16 @@ class Forward:
         for depth, values in chain.advance(0, tensors, tensors, stops={fill.depth for fill in fills}):
             _hand_out(fills, depth, None, chain.frontier(depth).chosen(values, tensors))
         return chain.handed_over(values, tensors)
+
+    def _given(self, call: "_Call", chain: Chain) -> Sequence[Tensor]:
+        """The tensors of a call with as many samples as the prefix computes at once."""
+        count = batch_size(call.tensors)
+        whole = not self._steady(chain) or not count or count == self.batch_size or chain.traced.shape_bound
+        return call.tensors if whole or not self._pads(chain, call.tensors) else resized(call.tensors, self.batch_size)
+
+    def _steady(self, chain: Chain) -> bool:
+        """Whether a batch of any size is computed as training computes one: so does int8, whose code is for that many."""
+        return self.training or (chain.computation.quantized and self.batch_size > 0)
 
     def _pads(self, chain: Chain, tensors: Sequence[Tensor]) -> bool:
         """Whether a batch can be computed with other samples, or in pieces, and nothing else notices."""
@@ -218,9 +231,11 @@ class _Call:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return plan_key(self.leaves, self.spec), self.derived.modes(), autocast, torch.is_grad_enabled()
 
-    def plan(self) -> Plan:
+    def plan(self, given: Given | None = None) -> Plan:
+        """given: of a chain, what its prefix is built from; without it, the call's tensors."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
-        return self.surgery.plan(self.key, self.leaves, args, kwargs, build=self.batch is None)
+        given = (lambda _: self.tensors) if given is None else given
+        return self.surgery.plan(self.key, self.leaves, args, kwargs, given if self.batch is None else None)
 
     def like(self, tensors: Sequence[Tensor]) -> "_Call":
         """The same call with other tensors."""

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from fxfreeze.audit import Audit
 from fxfreeze.backends.compiled import Compiled, unrepeatable
 from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import CudaGraphs
 from fxfreeze.fidelity import reference
 from fxfreeze.layouts import Layouts, is_transformed
+from fxfreeze.observers import has_tangents
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.rehearsal import kept_whole
 from fxfreeze.rewrite import Outcome
@@ -48,6 +50,7 @@ class Segment:
     undecided: bool = False  # whether other backends may still be tried
     swallows_nan: bool = False  # ReLUs of oneDNN and of compiled code make a number of it
     graphs: CudaGraphs | None = None  # what launches the kernels, where they can be recorded
+    audit: Audit | None = None  # of compiled code that was made for one batch's values
     trained: bool = False  # whether it has met a training batch
     on_drop: Callable[["Segment"], None] = lambda _: None  # told when something that ran before fails
     layouts: Layouts = field(init=False)
@@ -78,13 +81,15 @@ class Segment:
     def native(self, *inputs: Any) -> tuple[Any, ...]:
         """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
-            if self.swallows_nan and not _finite(inputs):
+            if has_tangents() or (self.swallows_nan and not _finite(inputs)):
                 return tuple(self.plain.forward(*inputs))
             if (compiled := self.compiled_for(inputs)) is not None:
                 try:
-                    return self._run(compiled, inputs)
+                    outputs = self._run(compiled, inputs)
                 except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
-                    self._drop("compiled", error, "It runs uncompiled")
+                    self._drop("compiled", _failure(error), "It runs uncompiled")
+                else:
+                    return self._audited(outputs, inputs)
             if self.rewritten is not None:
                 try:
                     return self._run(self.rewritten.forward, inputs)
@@ -92,9 +97,20 @@ class Segment:
                     if not self.repeatable:
                         raise
                     outputs = tuple(self.plain.forward(*inputs))  # raises where the original would
-                    self._drop("rewritten", error, "The plain graph runs instead")
+                    self._drop("rewritten", _failure(error), "The plain graph runs instead")
                     return outputs
             return tuple(self.plain.forward(*inputs))
+
+    def _audited(self, outputs: tuple[Any, ...], inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """``outputs`` of compiled code, or what they should have been where they are found wrong."""
+        if self.audit is None or not self.audit.due():
+            return outputs
+        assert self.rewritten is not None
+        expected = self._run(self.rewritten.forward, inputs)
+        if (found := self.audit.finds(outputs, expected)) is None:
+            return outputs
+        self._drop("compiled", found, "It runs uncompiled")
+        return expected
 
     def _run(self, function: Callable[..., Sequence[Any]], inputs: Sequence[Any]) -> tuple[Any, ...]:
         with self.computation.context():
@@ -110,15 +126,18 @@ class Segment:
             kept = {name: getattr(self, name) for name in ("layouts", "on_drop")}
             self.__dict__ |= other.__dict__ | kept | {"notes": tuple(dict.fromkeys(self.notes + other.notes))}
 
-    def _drop(self, what: str, error: Exception, instead: str) -> None:
-        reason = f"running it failed: {type(error).__name__}: {error}"
-        self.graphs = None
+    def _drop(self, what: str, reason: str, instead: str) -> None:
+        self.graphs = self.audit = None
         if self.compiled:
             self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
             self.rewritten, self.reason = None, reason
         self.on_drop(self)
         warnings.warn(f"the {what} frozen part is not used any more: {reason}. {instead}", stacklevel=2)
+
+
+def _failure(error: Exception) -> str:
+    return f"running it failed: {type(error).__name__}: {error}"
 
 
 def _finite(inputs: Sequence[Any]) -> bool:

@@ -95,6 +95,9 @@ def _refuse_shared_writes(net: nn.Module, traced: Traced, tensors: list[Tensor])
             )
 
 
+Given = Callable[[Chain], Sequence[Tensor]]
+
+
 @dataclass
 class Surgery:
     """Plans for one network at one depth.
@@ -129,11 +132,11 @@ class Surgery:
         self.builder = Builder(self.backend, self.decisions, self._warn)
 
     def plan(
-        self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, build: bool = True
+        self, key: Any, leaves: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None
     ) -> Plan:
         """The plan for a call; raises TraceRefusal when it can't be traced, so that the original must run.
 
-        build: the segment from the call's tensors too, so that what refuses it does so here.
+        given: of its chain, what the segment is built from at once, so that what refuses it does so here; None to wait.
         """
         shapes = tuple(leaf.shape for leaf in leaves if isinstance(leaf, Tensor)) if key in self._bound else None
         found = self._plans.get((key, shapes))
@@ -146,7 +149,7 @@ class Surgery:
         with self._clock():
             # Under torch.compile, Dynamo would trace the surgery itself. Where it was never imported, nothing is compiled.
             make = torch.compiler.disable(self._make) if "torch._dynamo" in sys.modules else self._make  # type: ignore[no-untyped-call]
-            plan: Plan = make(key, args, kwargs, build)
+            plan: Plan = make(key, args, kwargs, given)
             self._count(f"self.{stale.name} of a {stale.owner.__qualname__} has changed" if stale else None)
         return plan
 
@@ -176,7 +179,7 @@ class Surgery:
         self.prefix = prefix
         prefix.build_seconds = self.seconds
 
-    def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], build: bool) -> Plan:
+    def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None) -> Plan:
         inputs, tensors = flatten_inputs(self.net, args, kwargs)
         traced = trace(self.net, inputs, tensors)
         _refuse_shared_writes(self.net, traced, tensors)
@@ -191,8 +194,8 @@ class Surgery:
                 return self._segment(span, plain, values, native, computation, callers, notes)
 
         chain = Chain(self.net, traced, self.ownership, self.depth, cut, computation, make)
-        if build:
-            chain.segment((0, self.depth), tensors, tensors)
+        if given is not None:
+            chain.segment((0, self.depth), values := given(chain), values)
         self.prefix = chain.prefix
         if traced.shape_bound:
             self._bound.add(key)

@@ -14,6 +14,7 @@ import torch
 from frozen import assert_as_original, frozen_to, images, network, settle
 from small_networks import NETWORKS
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
 import fxfreeze
@@ -270,6 +271,59 @@ def test_what_no_compiler_is_given(first: type[nn.Conv2d], why: str, monkeypatch
     with pytest.warns(UserWarning, match=f"did not compile the frozen part: .*{why}"):
         model(images())
     assert not asked.shapes
+
+
+# ---- what the compiled code is for
+
+
+def compiled_for(model: FreezableModel) -> list[str]:
+    return [str(compiled) for compiled in model.prefix.segments[0].compiled]
+
+
+def test_a_short_batch_right_after_a_freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an epoch's last may be: it is computed with as many samples as the others, and so is the code made for these."""
+    with_compiler(monkeypatch, as_it_is)
+    model = fxfreeze.compile(network(), FreezeOut(100), backend="inductor").train()
+    model(images(6))
+    model.freeze(2)
+    model(images(4))
+    assert compiled_for(model) == ["6x3x8x8"]
+
+
+def test_batches_that_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_compiler(monkeypatch, as_it_is)
+    model = frozen_to("blocks.0", network(), backend="inductor").train()
+    for size, made_for in ((4, "4x3x8x8"), (6, "6x3x8x8"), (5, "6x3x8x8")):
+        model(images(size))
+        assert compiled_for(model) == [made_for]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by what forward-mode differentiation imports
+@pytest.mark.parametrize("backend", NAMED)
+def test_tangents(backend: str) -> None:
+    """Forward-mode differentiation goes through the frozen part, which compiled code would end."""
+    net = network().eval()
+    model = fxfreeze.compile(net, FreezeOut(100), backend=backend).eval()
+    model.freeze(2)
+    x, tangent = images(4), images(4)
+    model(x)
+
+    def derivative(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent  # type: ignore[no-untyped-call, no-any-return]
+
+    assert relative_error(derivative(model), derivative(model.original)) <= BOUNDS[torch.float32]
+    assert not model.prefix.segments[0].reason
+
+
+def test_an_empty_batch() -> None:
+    net = network()
+    model = fxfreeze.compile(copy.deepcopy(net), FreezeOut(100), backend="plain").eval()
+    model.freeze(2)
+    for _ in range(2):
+        assert model(images(0)).shape == net.eval()(images(0)).shape
+        model.train()(images(4))
+    assert model.train()(images(0)).shape == net.eval()(images(0)).shape
 
 
 # Two models by OpenVINO, gone in the order they came.

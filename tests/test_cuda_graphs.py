@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from frozen import images, network, settle
+from frozen import dispatched, images, network, settle
 from small_networks import NETWORKS
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fxfreeze
 from fxfreeze import FreezableModel, FreezeOut
@@ -175,6 +176,42 @@ def test_what_is_not_recorded(graphs: CudaGraphs, recorder: Recorder) -> None:
         for _ in range(AFTER + 1):
             graphs(lambda *given: given, inputs)
     assert recorder.recorded == 0
+
+
+def test_memory_that_was_resized_is_not_written_again(graphs: CudaGraphs, recorder: Recorder) -> None:
+    warm(graphs, double, torch.randn(4))
+    (y,) = graphs(double, [torch.ones(4)])
+    y.resize_(100)
+    del y
+    assert graphs(double, [torch.full([4], 5.0)])[0].tolist() == [10.0] * 4
+    assert recorder.recorded == 2
+
+
+def test_switches_of_the_process(graphs: CudaGraphs, recorder: Recorder) -> None:
+    """What was recorded under one is not replayed under another."""
+    warm(graphs, double, torch.randn(4))
+    graphs(double, [torch.randn(4)])
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not before)
+    try:
+        graphs(double, [torch.randn(4)])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert recorder.replayed == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # of torch.jit.trace, and of what forward AD imports
+def test_whoever_looks_on_sees_the_operators(graphs: CudaGraphs, recorder: Recorder) -> None:
+    x = torch.randn(4)
+    warm(graphs, double, x)
+    graphs(double, [x])
+    assert dispatched(lambda: graphs(double, [x]))["mul"] == 1
+    traced = torch.jit.trace(lambda x: graphs(double, [x])[0], x)  # type: ignore[no-untyped-call]
+    assert traced(torch.ones(4)).tolist() == [2.0] * 4
+    with forward_ad.dual_level():
+        y = graphs(double, [forward_ad.make_dual(x, torch.ones(4))])[0]
+        assert forward_ad.unpack_dual(y).tangent.tolist() == [2.0] * 4
+    assert recorder.replayed == 1
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])

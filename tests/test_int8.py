@@ -310,3 +310,34 @@ def test_a_cache(tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(images(8), torch.zeros(8)), batch_size=4)
     with pytest.raises(ValueError, match="precision is int8, whose rounding depends on the batch"):
         CachedLoader(loader, resnet(), tmp_path)
+
+
+@quantizing
+@pytest.mark.parametrize("first", [0.0, 0.01])
+def test_calibrated_on_a_batch_unlike_the_others(first: float) -> None:
+    """It clips what others hold: that is found on the way, and floating point runs."""
+    model = resnet().train()
+    model(first * images(8))
+    assert model.prefix.segments[0].ranges is not None
+    x = images(8)
+    with pytest.warns(UserWarning, match="on a later batch its relative error .* is past the bound 1e-01"):
+        found = boundary(model, x)
+    segment = model.prefix.segments[0]
+    (exact,) = segment.plain(x)
+    assert relative_error(found, exact) <= BOUNDS[torch.float32]
+    assert (segment.ranges, segment.uncompiled is None) == (None, False)
+
+
+@quantizing
+def test_resumed_before_a_short_batch() -> None:
+    """The first of a run that goes on may be an epoch's last: it rounds as the run that never stopped."""
+    one = resnet().train()
+    one(images(8))
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    state = FreezeScheduler(optimizer, one).state_dict()
+    other = resnet().train()
+    FreezeScheduler(torch.optim.SGD(other.parameters(), lr=0.1), other).load_state_dict(state)
+    for size in (5, 8):
+        x = images(size)
+        assert torch.equal(one(x), other(x))
+    assert other.prefix.segments[0].ranges == one.prefix.segments[0].ranges is not None

@@ -1,4 +1,4 @@
-"""Tensors that a frozen part reads and that no frozen unit owns: whoever changes one, compiled code does not keep what it was."""
+"""Tensors that a frozen part reads and that no frozen unit owns: compiled code does not keep what they were."""
 
 import copy
 from collections.abc import Callable, Sequence

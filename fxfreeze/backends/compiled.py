@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxfreeze.effects import Memory
 from fxfreeze.layouts import kind_of
+from fxfreeze.observers import observed
 
 __all__ = ["Compiled", "Compiler", "kinds_of", "unrepeatable"]
 
@@ -47,8 +48,8 @@ class Compiled:
             return cls(compiler(_self_contained(graph), inputs, autocast), kinds_of(inputs))
 
     def takes(self, inputs: Sequence[Any]) -> bool:
-        """Whether it is for these; while Dynamo traces, it is for none, for Dynamo compiles the graph itself."""
-        return not torch.compiler.is_compiling() and kinds_of(inputs) == self.kinds
+        """Whether it is for these, and nobody needs to see the graph's own operators."""
+        return not observed() and kinds_of(inputs) == self.kinds
 
     @property
     def ranges(self) -> list[float] | None:

@@ -16,10 +16,10 @@ from fxfreeze.cache.contents import ContentsError, checksum, dense
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.manifest import Identity
 from fxfreeze.cache.memory import tensor_bytes
-from fxfreeze.cache.numerics import numerics
 from fxfreeze.chain import Chain
 from fxfreeze.derived import frozen_tensors
 from fxfreeze.layouts import order_of
+from fxfreeze.numerics import numerics
 from fxfreeze.sizes import dtype_text
 from fxfreeze.units import Unit
 

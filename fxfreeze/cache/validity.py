@@ -13,10 +13,10 @@ from torch import Tensor
 from fxfreeze.cache.errors import CacheRefusal
 from fxfreeze.cache.identity import prefix_identity
 from fxfreeze.cache.manifest import Identity
-from fxfreeze.cache.numerics import switches
 from fxfreeze.cache.outside import Outside
 from fxfreeze.cache.served import Called
 from fxfreeze.cache.shelf import Shelf, Source
+from fxfreeze.numerics import switches
 from fxfreeze.rows import like
 from fxfreeze.rowwise import NotRowwise, find_rows
 from fxfreeze.sizes import dtype_text

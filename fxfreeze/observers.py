@@ -1,0 +1,23 @@
+"""Whether something follows the operators of a call, and not its values alone: it must see those of the graph."""
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["has_tangents", "observed"]
+
+_level: Any = forward_ad
+
+
+def observed() -> bool:
+    """Whether Dynamo, ``torch.jit.trace``, forward-mode differentiation or a dispatch mode, such as that of ``make_fx``
+    or of a counter of FLOPs, looks on."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return has_tangents() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_tangents() -> bool:
+    """Whether forward-mode differentiation is on, which ``no_grad`` does not turn off."""
+    return bool(_level._current_level >= 0)
