@@ -29,6 +29,7 @@ __all__ = ["UNKNOWN_STEPS", "choose", "first_choice", "rivals"]
 
 UNKNOWN_STEPS = 1000  # expected ahead where no FreezeScheduler tells
 _FEWEST, _MOST = 3, 15  # turns
+_SHORT = 0.05  # seconds to spend on finding out how long a call takes
 _LEAST_GAIN = 0.01  # of the time ahead: always thought possible, and what taking turns may cost
 _CLEARLY = 0.98  # of the first choice's time: what a rival must stay below to take its place
 
@@ -93,7 +94,7 @@ def choose(
     if all(share * steps <= 2 * _FEWEST for share in shares.values()):  # taking turns alone would cost more
         first.notes += (f"auto: nothing tried for {steps:.0f} steps",)
         return first
-    once = min(_seconds(first, first, *inputs) for _ in range(2))
+    once = _least(first, inputs)
     built, skipped = [first], []
     for name in names:
         cost = _build_time(name, first, known) + 2 * _FEWEST * once
@@ -155,6 +156,14 @@ def _medians(built: Sequence[Segment], inputs: Sequence[Any], budget: float) -> 
             if turn >= 0:
                 seconds[segment.backend].append(took)
     return {name: statistics.median(took) for name, took in seconds.items()}
+
+
+def _least(segment: Segment, inputs: Sequence[Any]) -> float:
+    """Seconds of a call on a machine that may be busy: the least of some, of two where they are long."""
+    taken = [_seconds(segment, segment, *inputs) for _ in range(2)]
+    while len(taken) < _MOST and sum(taken) < _SHORT:
+        taken.append(_seconds(segment, segment, *inputs))
+    return min(taken)
 
 
 def _seconds(segment: Segment, function: Callable[..., object], *inputs: Any) -> float:
