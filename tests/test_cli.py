@@ -104,7 +104,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["plan", "--seeds", "3"], "unrecognized arguments: --seeds 3"),
         (
             ["profile", *PROFILED, "--depths", "1,5"],
-            "depth 5 is none of this network: expected whole numbers from 0 to 4",
+            "this network has no depth 5: its depths are 0 to 4",
         ),
         (["profile", "--depths", "1,-2"], "--depths: '-2' is not a whole number of at least 0"),
         (["profile", "--depths", "1;2"], "--depths: '1;2' is not a whole number of at least 0"),
