@@ -205,14 +205,15 @@ def test_hooks_run_on_the_copies() -> None:
     assert not any(seen)
 
 
-def test_a_loss_that_is_not_finite_is_told_once() -> None:
-    """At all depths, in one warning."""
+def test_a_loss_that_was_not_finite_is_told_once() -> None:
+    """Of all depths, in one warning; also if later ones are."""
+    offsets = itertools.chain([float("nan")] * 2, itertools.repeat(0.0))  # which leave the gradients finite
     with pytest.warns(UserWarning, match=r"the loss is not finite at depth 0, 2: .*Try a lower learning rate") as told:
         profile(
             three_linear(),
             flat_batch(),
-            loss=lambda outputs, targets: outputs.sum() * float("nan"),
-            optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+            loss=lambda outputs, targets: outputs.sum() + next(offsets),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
             depths=[2],
             **QUICK,
         )
