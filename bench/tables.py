@@ -4,11 +4,15 @@ fxfreeze kernels report --json > bench/results/kernels.json
 make bench
 make bench-gpu
 python -m bench.tables
+
+Says which table it wrote from which file, and which has nothing to show yet.
 """
 
+import argparse
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +21,12 @@ from bench.tables_cache import cache
 from bench.tables_iterations import curves, iterations, techniques
 from bench.tables_kernels import kernels
 from bench.tables_prefixes import prefixes
+from fxfreeze.cli import Parser
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "iterations.png"
+CURVES = "cpu.json"  # what the picture is drawn from
 
 
 class Table(NamedTuple):
@@ -44,27 +50,43 @@ TABLES: dict[str, Table] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Writes each table into README.md, in place of the one between its markers, and draws the picture if there is one."""
+    parser = Parser(prog="bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(arguments)
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name in TABLES:
         text = renewed(text, name, shown(name))
+        file, _ = found(name)
+        print(f"{name}: {'nothing measured yet' if file is None else f'from {file}'}")
     readme.write_text(text)
-    if drawn := curves(read("cpu.json")):
+    if (RESULTS / CURVES).exists() and (drawn := curves(read(CURVES))):
         draw(drawn, PICTURE)
+        print(f"{PICTURE.name}: from {CURVES}")
+    print(f"Written to {readme}")
+    return 0
 
 
 def read(file: str) -> Any:
     return json.loads((RESULTS / file).read_text())
 
 
-def shown(name: str) -> str:
-    """What README says in the place of that name. ValueError for a table that must be there and has no rows."""
-    files, build, missing = TABLES[name]
+def found(name: str) -> tuple[str | None, str]:
+    """(the file that holds rows for the table of that name, the table from it); (None, "") if none does."""
+    files, build, _ = TABLES[name]
     for file in files:
         if (RESULTS / file).exists() and (text := build(read(file))) is not None:
-            return f"{text}\n[All figures](bench/results/{file})."
+            return file, text
+    return None, ""
+
+
+def shown(name: str) -> str:
+    """What README says in the place of that name. ValueError for a table that must be there and has no rows."""
+    file, text = found(name)
+    if file is not None:
+        return f"{text}\n[All figures](bench/results/{file})."
+    files, _, missing = TABLES[name]
     if not missing:
         raise ValueError(f"no rows for the table {name!r} in {' or '.join(files)} under {RESULTS}: measure them first")
     return missing
@@ -80,4 +102,4 @@ def renewed(text: str, name: str, table: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

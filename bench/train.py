@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
     kept.save(searches)  # finds out now whether it can be written
     with stop_on_interrupt(aside) as interrupted:
         _work(searches, kept, Deadline(options.minutes, interrupted), aside, progress=options.progress)
-    _report(searches, options.out)
+    _report(searches, options.out, whole=not interrupted())
     return INTERRUPTED if interrupted() else 0
 
 
@@ -152,7 +152,8 @@ def _work(searches: dict[str, Search], kept: Kept, stop: Deadline, console: Cons
         kept.save(searches)
 
 
-def _report(searches: dict[str, Search], out: Path) -> None:
+def _report(searches: dict[str, Search], out: Path, *, whole: bool) -> None:
+    """whole: nobody waits for the prompt, so what the columns mean is told too."""
     console = wide_console()
     done = {name: list(search.seeds.values()) for name, search in searches.items() if search.seeds}
     for name, search in searches.items():
@@ -161,7 +162,8 @@ def _report(searches: dict[str, Search], out: Path) -> None:
         lines = notes(name, done[name]) if name in done else []
         for line in (*lines, f"{name}: {search.verdict()}", ""):
             console.print(line, highlight=False, soft_wrap=True)
-    console.print(NOTE, highlight=False, soft_wrap=True)
+    if whole:
+        console.print(NOTE, highlight=False, soft_wrap=True)
     if done:
         path = out.with_suffix(".png")
         with refusing(f"the picture can't be written to {path}"):

@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 from fxfreeze.cost import BACKWARD_RATIO
 from fxfreeze.iterations import Iteration, flops_of
-from fxfreeze.sizes import seconds_text
+from fxfreeze.pace import DISTURBED
+from fxfreeze.sizes import change_text, seconds_text
 
 __all__ = ["explain"]
 
 _CLEARLY = 2  # standard errors
 _ROUNDING = 0.01  # relative; what is no further apart prints alike
+_FEWEST = 5  # rounds whose quartiles tell anything
 
 
 class _Cause(NamedTuple):
@@ -39,22 +41,46 @@ def explain(iterations: Sequence[Iteration], units: Sequence[str], flops: Sequen
     worst = max(deeper, key=lambda each: abs(_off(each)))
     off, measured, predicted = _off(worst), worst.measured.total, worst.predicted.total
     figures = (
-        f"{seconds_text(measured)} measured, {seconds_text(predicted)} predicted ({measured / predicted - 1:+.0%}), at "
-        f"depth {worst.depth} (frozen up to {units[worst.depth - 1]})"
+        f"{seconds_text(measured)} measured, {seconds_text(predicted)} predicted ({change_text(measured / predicted - 1)}), "
+        f"at depth {worst.depth} (frozen up to {units[worst.depth - 1]})"
     )
+    if rounds < _FEWEST:
+        are = f"{rounds} rounds are" if rounds > 1 else "one round is"
+        return f"The largest disagreement: {figures}; {are} too few to tell its cause: take {_FEWEST} or more."
+    if disturbed := _disturbed((unfrozen, worst)):
+        return f"The largest disagreement: {figures}. {disturbed}"
     error = math.hypot(_error(worst, rounds), predicted / unfrozen.measured.total * _error(unfrozen, rounds))
     if abs(off) <= _CLEARLY * error:
         return (
-            f"The largest disagreement, {figures}, is no more than the scatter of the rounds may make, which leaves an "
-            f"error of {seconds_text(error)}: more rounds tell."
+            f"The largest disagreement, {figures}, is within the noise (± {seconds_text(_CLEARLY * error)}): try more "
+            f"rounds."
         )
-    causes = [cause for cause in _causes(unfrozen, worst, flops) if cause.seconds * off > 0]
-    largest = max(causes, key=lambda cause: abs(cause.seconds))
-    sign, outweighed = "+" if off > 0 else "-", abs(largest.seconds) > (1 + _ROUNDING) * abs(off)
+    return f"The largest disagreement: {figures}. {_told(off, [*_causes(unfrozen, worst, flops)])}"
+
+
+def _disturbed(iterations: Sequence[Iteration]) -> str:
+    """What the quartiles say of the machine; nothing if it was quiet."""
+    scattered = next((each for each in iterations if each.quartiles[1] > DISTURBED * each.quartiles[0]), None)
+    if scattered is None:
+        return ""
+    low, high = scattered.quartiles
     return (
-        f"The largest disagreement: {figures}. Its largest cause, {sign}{seconds_text(abs(largest.seconds))}"
-        f"{', which others bring to' if outweighed else ' of'} {sign}{seconds_text(abs(off))}: {largest.evidence}."
+        f"The machine was disturbed: at depth {scattered.depth} a quarter of the iterations took {seconds_text(high)} or "
+        f"more, and a quarter {seconds_text(low)} or less. No cause can be told; measure again on a quiet machine."
     )
+
+
+def _told(off: float, causes: Sequence[_Cause]) -> str:
+    """The largest cause that has the disagreement's sign, and what all others come to."""
+    largest = max((cause for cause in causes if cause.seconds * off > 0), key=lambda cause: abs(cause.seconds))
+    rest = off - largest.seconds
+    share = "Most of it" if largest.seconds / off > 0.5 else "Its largest cause"
+    others = f"; other causes add {_signed(rest)}" if abs(rest) > _ROUNDING * abs(off) else ""
+    return f"{share}: {largest.evidence} ({_signed(largest.seconds)}){others}."
+
+
+def _signed(seconds: float) -> str:
+    return f"{'-' if seconds < 0 else '+'}{seconds_text(abs(seconds))}"
 
 
 def _off(iteration: Iteration) -> float:

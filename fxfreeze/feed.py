@@ -22,9 +22,9 @@ class Feed:
 
     def __init__(self, batch: Sequence[Any], loader: Iterable[Any] | None) -> None:
         self._given = _arguments(batch)
-        args, kwargs, _ = self._given
+        args, kwargs, _ = copies = self.copied()
         self.example = kwargs if kwargs else args
-        self.tensors = _tensors(self._given)
+        self.tensors = _tensors(copies)
         if not self.tensors or not self.tensors[0].dim():
             raise ChoiceError(
                 "the batch's inputs hold no tensor with a dimension of samples: expected (inputs, targets)"
@@ -36,7 +36,11 @@ class Feed:
 
     def next(self) -> Arguments:
         """The next batch."""
-        return self._fetched() if self.fetches else self._given
+        return self._fetched() if self.fetches else self.copied()
+
+    def copied(self) -> Arguments:
+        """A copy of the given batch, which whoever gets it may write into."""
+        return pytree.tree_map_only(Tensor, _copy, self._given)  # type: ignore[no-any-return]
 
     def _fetched(self) -> Arguments:
         for begun_again in (False, True):
@@ -51,7 +55,13 @@ class Feed:
         )
 
     def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
+        here = tensor.to(self.device, non_blocking=True)
+        return here.clone() if here.is_inference() else here
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """No part of the caller's tape, nor made in inference mode."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _arguments(batch: Any) -> Arguments:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
 from fxfreeze.batches import Batches
 from fxfreeze.commands import refusing, wide_console
-from fxfreeze.imports import ChoiceError
+from fxfreeze.depth_picture import check_picture
 from fxfreeze.profiling import profile
 from fxfreeze.progress import counted
 from fxfreeze.recipes import Settings, units_of
@@ -36,7 +35,8 @@ def run(
     progress: bool,
 ) -> int:
     """Profiles the recipe's iterations on the task's own batches; the exit status."""
-    _check_picture(plot)
+    if plot is not None:
+        check_picture(plot, "--plot")
     net, batches = task.build(settings.seed), Batches(task.train, settings.batch_size, settings.seed)
     units_of(net, batches[0].images)
     sgd = functools.partial(
@@ -65,7 +65,7 @@ def run(
             json.write_text(profiled.json() + "\n")
     if plot is not None:
         with refusing(f"--plot {plot} can't be written"):
-            profiled.plot(plot)
+            profiled.plot(plot, subject=f"{task.model} on {task.data}")
     for what, path in (("Figures", json), ("Picture", plot), ("Trace, for ui.perfetto.dev", trace)):
         if path is not None:
             console.print(f"{what}: {path}", highlight=False, soft_wrap=True)
@@ -74,10 +74,3 @@ def run(
 
 def _loss(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits_of(outputs), labels)
-
-
-def _check_picture(path: Path | None) -> None:
-    """Before anything is measured."""
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path is not None and path.suffix.removeprefix(".").lower() not in known:
-        raise ChoiceError(f"--plot {path} is no picture that matplotlib writes: end its name in .png, .svg or .pdf")

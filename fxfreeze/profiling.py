@@ -1,7 +1,9 @@
 """``profile``: what an iteration of training takes at each depth, part by part, measured on copies."""
 
 import copy
+import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,15 @@ from fxfreeze.imports import ChoiceError
 from fxfreeze.iterations import Iteration, Parts, midmean, predict
 from fxfreeze.machine import chip
 from fxfreeze.model import FreezableModel, compile, traces_of
+from fxfreeze.profile_checks import (
+    check_call,
+    check_device,
+    check_net,
+    check_options,
+    check_trace,
+    depths_among,
+    made_by,
+)
 from fxfreeze.profiled import Profile
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.ranges import Named, Watch, stopwatch_for
@@ -55,30 +66,34 @@ def profile(
     is no time of fetching); loss: of (outputs, targets), a scalar; optimizer: makes one from a list of parameters; depths:
     numbers of frozen units (None: all, or MOST_DEPTHS evenly spread), 0 always among them; trace: a file that a Chrome
     trace of one iteration at each depth goes to, ranges named by unit; progress: told (iterations done, of how many).
+    Without a loader each iteration gets a copy of the batch, so that a forward may write into its inputs.
 
     Depths take turns in ``rounds`` rounds, after some that are not counted. Iterations run in train mode, under the
     caller's autocast, one after another: what a loader or a GPU could do meanwhile is waited for. Copies are trained, one
-    a depth, so ``net`` and torch's random state are left as they were. On CUDA, events measure (not tried on a GPU yet).
+    a depth, so ``net`` and torch's random state are left as they were; hooks are copied with it, and run. On CUDA, events
+    measure (not tried on a GPU yet). Warns of a loss that is not finite.
 
-    Raises ChoiceError, a ValueError, for a batch, depths or rounds that can't be; TypeError or TraceRefusal for a ``net``
-    that ``compile`` refuses.
+    Raises ChoiceError, a ValueError, for arguments that can't be, a batch that ``net`` does not take among them; TypeError
+    or TraceRefusal for a ``net`` that ``compile`` refuses.
     """
-    feed = Feed(batch, loader)
-    if feed.device.type not in ("cpu", "cuda"):
-        raise ChoiceError(
-            f"the batch is on {feed.device}: expected a CPU or CUDA device, which profile knows how to time"
-        )
-    if rounds < 1:
-        raise ChoiceError(f"rounds is {rounds}: expected at least 1")
-    model = net if isinstance(net, FreezableModel) else compile(net, Milestones({}), example_inputs=feed.example)
-    chosen = _depths(depths, len(model.units))
-    with random_state_kept(model.original.modules()), torch.enable_grad():
-        flops = _flops(model, feed)
-        trials = [_Trial(model, depth, feed, loss, optimizer) for depth in chosen]
-        for done in _turns(trials, rounds):
-            progress(done, len(trials) * (_WARM_UP + rounds))
-        if trace is not None:
-            _write_trace(trials, trace)
+    check_options(optimizer, progress, depths, rounds)
+    check_net(net)
+    if trace is not None:
+        check_trace(trace)
+    with torch.inference_mode(False), torch.enable_grad():
+        feed = Feed(batch, loader)
+        check_device(feed.device)
+        model = net if isinstance(net, FreezableModel) else compile(net, Milestones({}), example_inputs=feed.example)
+        chosen = depths_among(depths, len(model.units), MOST_DEPTHS)
+        with random_state_kept(model.original.modules()):
+            check_call(model.original, feed)
+            flops = _flops(model, feed)
+            trials = [_Trial(model, depth, feed, loss, optimizer) for depth in chosen]
+            for done in _turns(trials, rounds):
+                progress(done, len(trials) * (_WARM_UP + rounds))
+            if trace is not None:
+                _write_trace(trials, trace)
+    _warn_of_infinite(trials)
     unfrozen = midmean(trials[0].taken)
     return Profile(
         iterations=tuple(trial.iteration(predict(unfrozen, flops, trial.depth)) for trial in trials),
@@ -93,21 +108,6 @@ def profile(
     )
 
 
-def _depths(wanted: Iterable[int] | None, units: int) -> list[int]:
-    """In order, 0 first."""
-    if wanted is None:
-        count = min(MOST_DEPTHS, units)
-        return [round(i * (units - 1) / max(1, count - 1)) for i in range(count)]
-    chosen = list(wanted)
-    for depth in chosen:
-        if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth < units:
-            raise ChoiceError(
-                f"depth {depth!r} is none of this network: expected whole numbers from 0 to {units - 1}, as the last of its "
-                f"{units} units never freezes"
-            )
-    return sorted({0, *chosen})
-
-
 def _flops(model: FreezableModel, feed: Feed) -> tuple[int, ...]:
     """Of a forward of the batch, by unit."""
     net = copy.deepcopy(model.original)
@@ -117,6 +117,15 @@ def _flops(model: FreezableModel, feed: Feed) -> tuple[int, ...]:
             "torch counts no FLOPs in this network, so there is nothing to predict an iteration's time by"
         )
     return tuple(flops)
+
+
+def _warn_of_infinite(trials: "Sequence[_Trial]") -> None:
+    if depths := [str(trial.depth) for trial in trials if not trial.finite]:
+        warnings.warn(
+            f"the loss is not finite at depth {', '.join(depths)}: what is measured there may not be what a training takes. "
+            f"Try a lower learning rate, and look for such numbers in the batch",
+            stacklevel=3,
+        )
 
 
 def _turns(trials: "Sequence[_Trial]", rounds: int) -> Iterator[int]:
@@ -157,11 +166,12 @@ class _Trial:
             raise ChoiceError(
                 f"at depth {depth} no parameter requires grad, so there is nothing to train: name other depths"
             )
-        self.optimizer = optimizer(live)
+        self.optimizer = made_by(optimizer, live)
         self.taken: list[Parts] = []
+        self.finite = True
 
-    def step(self, watch: Watch) -> None:
-        """One iteration."""
+    def step(self, watch: Watch) -> Tensor:
+        """One iteration; its loss."""
         with watch.range("data"):
             args, kwargs, targets = self.feed.next()
         with watch.range("forward"):
@@ -173,11 +183,13 @@ class _Trial:
         with watch.range("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
+        return loss.detach()
 
     def measure(self, *, counted: bool) -> None:
         """One iteration, timed."""
-        self.step(self.stopwatch)
+        loss = self.step(self.stopwatch)
         seconds = self.stopwatch.seconds()
+        self.finite = self.finite and bool(loss.isfinite().all())
         prefix = seconds.get(prefix_name(self.depth), 0.0)
         if counted:
             self.taken.append(
@@ -200,6 +212,7 @@ class _Trial:
 
 def _write_trace(trials: Sequence[_Trial], path: str | Path) -> None:
     """A Chrome trace of an iteration of each; what is run for the first time runs before it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop on stderr
     device = trials[0].feed.device
     named = Named(device)
     cuda = [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []

@@ -14,9 +14,9 @@ from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Row, Trial
 from fxfreeze.pace import DISTURBED
 from fxfreeze.pictures import COLOURS
-from fxfreeze.recipes import CACHED, SHORTS, Settings
+from fxfreeze.recipes import CACHED, INT8, SHORTS, Settings
 from fxfreeze.sizes import bytes_text
-from fxfreeze.verdict import Average, Summary, caution, finished, ratio, summarise, verdict
+from fxfreeze.verdict import Average, Summary, caution, finished, quantized, ratio, summarise, verdict
 
 COLUMNS = (
     "row",
@@ -80,9 +80,15 @@ def notes(report: Report) -> list[str]:
         "machine's pace, which plain's own steps in it tell. FLOPs are those of convolutions and "
         "matrix products, forward and backward. Test accuracy was read once, at the end; no choice looked at it.",
     ]
-    if all("fxfreeze" in trial.rows for trial in report.shown):
-        share = build_share([trial.rows["fxfreeze"] for trial in report.shown])
-        lines.append(f"Freeze events (trace, split, rewrite, self-check): {share:.1%} of fxfreeze's training time.")
+    shares = [
+        f"{build_share([trial.rows[name] for trial in report.shown]):.1%} of {name}'s{of}"
+        for name, of in (("fxfreeze", " training time"), (INT8, " (quantizing included)"))
+        if all(name in trial.rows for trial in report.shown)
+    ]
+    if shares:
+        lines.append(f"Freeze events (trace, split, rewrite, self-check): {', '.join(shares)}.")
+    if said := quantized(finished(report.trials)):
+        lines.append(said)
     disturbed = statistics.fmean(trial.disturbed for trial in report.shown)
     if disturbed:
         lines.append(

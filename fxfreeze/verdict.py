@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxfreeze.compare import Row, Trial
-from fxfreeze.recipes import SHORTS
+from fxfreeze.recipes import INT8, SHORTS
 
 # Student's t for a two-sided 95% interval, by degrees of freedom; beyond these the last serves, on the careful side.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
@@ -147,6 +147,19 @@ def caution(trials: Sequence[Trial]) -> str:
     if len(whole) < 3:
         return f"{len(whole)} seeds can't tell luck from gain (gaps up to {points} could be either); try --seeds 5."
     return f"{len(whole)} seeds: mean gaps up to {points} are within the seeds' spread and the test set's noise."
+
+
+def quantized(trials: Sequence[Trial]) -> str:
+    """What int8 cost and gained beside the same run without it; nothing where one of the two is missing."""
+    if not trials or not all(trial.rows.keys() >= {INT8, "fxfreeze"} for trial in trials):
+        return ""
+    ahead, margin = gap(trials, (INT8, "fxfreeze"))
+    ours, theirs = (average([trial.rows[name].test for trial in trials]).show(".1%") for name in (INT8, "fxfreeze"))
+    return (
+        f"{INT8} took {ratio(trials, INT8, 'fxfreeze').show('.2f')}x the time of fxfreeze, and has {ours} test accuracy "
+        f"against {theirs} ({100 * ahead:+.1f} ± {100 * margin:.1f} points). It is scored in floating point, as the network is "
+        f"given back."
+    )
 
 
 def gap(trials: Sequence[Trial], pair: tuple[str, str]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import torch
 from fxfreeze import machine
 from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Row, Trial
-from fxfreeze.recipes import FROM_SCRATCH, Settings
+from fxfreeze.recipes import FROM_SCRATCH, INT8, Settings
 from fxfreeze.report import Prediction, Report
 from fxfreeze.train import Evaluation, Record
 
@@ -26,7 +26,7 @@ def make_row(
     loss: float = 1.0,
 ) -> Row:
     """A row that had the first `right` of the samples right."""
-    freezing = name in ("freezeout", "fxfreeze", "fxfreeze+cache", "by-hand")
+    freezing = name in ("freezeout", "fxfreeze", INT8, "fxfreeze+cache", "by-hand")
     units = ("stem", "block", "head") if freezing else ()
     depths = [min(2, 3 * i // steps) if freezing else 0 for i in range(steps)]
     served = depths if name == "fxfreeze+cache" else [0] * steps
@@ -80,6 +80,13 @@ def make_trial(
         make_row("plain-short", seconds=8.0, right=short, steps=round(800 / plain), planned=round(800 / plain)),
     ]
     return Trial(seed, {row.name: row for row in rows}, finished, drift=1.25, identical=1.01)
+
+
+def make_int8_trial(seed: int = 0, *, right: int = 890) -> Trial:
+    """With a row more, whose frozen part is int8. right: samples that it had right; fxfreeze had 900."""
+    trial = make_trial(seed)
+    trial.rows[INT8] = make_row(INT8, seconds=6.0, right=right, steps=200, planned=200, build=0.6)
+    return trial
 
 
 def make_cached_trial(

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 from rows import make_cache, make_cached_trial, make_report, make_row, make_traffic, make_trial
 
 from fxfreeze import pictures, report
-from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, SHORTS
+from fxfreeze.recipes import FINETUNE, FROM_SCRATCH, INT8, SHORTS
 
 
 def test_accuracy_picture_ends_where_rows_end() -> None:
@@ -132,7 +132,7 @@ def test_the_legend_of_all_rows_covers_no_curve() -> None:
 
 
 def test_each_row_has_a_colour_and_a_marker_of_its_own() -> None:
-    names = {*FROM_SCRATCH, *FINETUNE}
+    names = {*FROM_SCRATCH, *FINETUNE, INT8}
     assert set(pictures.COLOURS) == set(pictures.MARKERS) == names
     assert len(set(pictures.MARKERS.values())) == len(names)
     for one, other in itertools.combinations(pictures.COLOURS.values(), 2):

@@ -3,6 +3,9 @@
 import copy
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +155,69 @@ def test_the_callers_autocast_holds() -> None:
     assert dtypes == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
-def test_training_is_measured_whatever_the_callers_mode(mode: Any) -> None:
+@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_training_is_measured_whatever_the_callers_mode(mode: Any, fetched: bool) -> None:
+    net = three_linear()
     with mode():
-        given = profile(three_linear(), flat_batch(), **QUICK)
+        batch = flat_batch()
+        given = profile(net, batch, loader=[batch] if fetched else None, **QUICK)
     assert all(each.measured.backward > 0 for each in given.iterations)
+
+
+class Doubling(nn.Module):
+    """Writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.b(self.a(u.mul_(2)))  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_writes_into_its_input_gets_the_batch_each_time() -> None:
+    """Weights stay as they were, so that equal inputs give equal losses."""
+    x, y = flat_batch()
+    before, losses = x.clone(), set()
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        found = nn.functional.cross_entropy(outputs, targets)
+        losses.add(found.item())
+        return found
+
+    profile(Doubling(), (x, y), loss=loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), depths=[0], rounds=3)
+    assert torch.equal(x, before)
+    assert len(losses) == 1
+
+
+def test_the_callers_tape_gets_no_gradient() -> None:
+    x, y = flat_batch()
+    profile(three_linear(), (x.requires_grad_(), y), depths=[0], **QUICK)
+    assert x.grad is None
+
+
+def test_hooks_run_on_the_copies() -> None:
+    net, seen = three_linear(), []
+    net[0].register_forward_hook(lambda module, *_: seen.append(module is net[0]))
+    profile(net, flat_batch(), depths=[0], **QUICK)
+    assert seen
+    assert not any(seen)
+
+
+def test_a_loss_that_was_not_finite_is_told_once() -> None:
+    """Of all depths, in one warning; also if later ones are."""
+    offsets = itertools.chain([float("nan")] * 2, itertools.repeat(0.0))  # which leave the gradients finite
+    with pytest.warns(UserWarning, match=r"the loss is not finite at depth 0, 2: .*Try a lower learning rate") as told:
+        profile(
+            three_linear(),
+            flat_batch(),
+            loss=lambda outputs, targets: outputs.sum() + next(offsets),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0),
+            depths=[2],
+            **QUICK,
+        )
+    assert [Path(each.filename).name for each in told] == ["test_profile.py"]
 
 
 def test_inputs_by_position_and_by_keyword() -> None:
@@ -220,10 +281,28 @@ def test_a_loader_of_other_batches_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depths": [3]}, "depth 3 is none of this network: expected whole numbers from 0 to 2"),
-        ({"depths": [-1]}, "depth -1 is none of this network"),
-        ({"depths": [True]}, "depth True is none of this network"),
-        ({"rounds": 0}, "rounds is 0: expected at least 1"),
+        (
+            {"depths": [3]},
+            "this network has no depth 3: its depths are 0 to 2, as the last of its 3 units never freezes",
+        ),
+        ({"depths": [-1]}, "this network has no depth -1"),
+        ({"depths": [True]}, "this network has no depth True"),
+        ({"depths": 2}, r"depths is 2: expected a list of whole numbers, such as \[2\]"),
+        ({"rounds": 0}, "rounds is 0: expected a whole number of at least 1"),
+        ({"rounds": 2.0}, r"rounds is 2\.0: expected a whole number"),
+        ({"progress": True}, r"progress is True: expected a function of \(iterations done, of how many\)"),
+        (
+            {"optimizer": torch.optim.Adam([torch.zeros(1)])},
+            r"optimizer is an object of type Adam: expected a function .* lambda parameters: torch\.optim\.Adam",
+        ),
+        ({"optimizer": lambda parameters: None}, "optimizer returned None: expected a torch.optim.Optimizer"),
+        ({"optimizer": torch.optim.LBFGS}, "the step of LBFGS needs a closure"),
+        (
+            {"net": torch.compile(three_linear(), backend="eager")},
+            r"pass the network that was compiled, net\._orig_mod",
+        ),
+        ({"trace": "/absent/t.json"}, "trace '/absent/t.json' can't be written"),
+        ({"trace": "/"}, "trace '/' can't be written"),
         ({"batch": torch.zeros(2, 8)}, r"a batch is a Tensor: expected \(inputs, targets\)"),
         ({"batch": (torch.zeros(2, 8),)}, r"a batch is a tuple of 1: expected \(inputs, targets\)"),
         ({"batch": (3, 4)}, "hold no tensor with a dimension of samples"),
@@ -240,6 +319,27 @@ def test_what_can_t_be_is_refused(change: dict[str, Any], message: str) -> None:
         profile(given.pop("net"), given.pop("batch"), **given)
 
 
+def test_a_trace_that_can_t_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with pytest.raises(ValueError, match="can't be written"):
+        profile(three_linear(), flat_batch(), trace=tmp_path, progress=lambda *of: told.append(of), **QUICK)
+    assert told == []
+
+
+def test_a_batch_of_another_shape_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError, match=r"have the shapes \(4, 9\): RuntimeError: mat1 and mat2") as refused:
+        profile(three_linear(), (torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)), **QUICK)
+    assert "\n" not in str(refused.value)
+    assert "traceback" not in str(refused.value)
+
+
+def test_a_network_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        net = three_linear()
+    with pytest.raises(ValueError, match=r"0\.weight was made under torch\.inference_mode"):
+        profile(net, flat_batch(), **QUICK)
+
+
 def test_what_compile_refuses_is_refused() -> None:
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
         profile(lambda x: x, flat_batch())  # type: ignore[arg-type]
@@ -250,6 +350,20 @@ def test_what_compile_refuses_is_refused() -> None:
 
 def inside(inner: dict[str, Any], outer: dict[str, Any]) -> bool:
     return bool(outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"])
+
+
+def test_a_trace_is_written_in_silence(tmp_path: Path) -> None:
+    """By a process of its own, since what is told is decided at its first trace."""
+    code = (
+        "import torch; from torch import nn; from fxfreeze.profiling import profile; "
+        "net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)); batch = torch.randn(4, 8), torch.arange(4); "
+        "profile(net, batch, rounds=1, trace='t.json')"
+    )
+    silent = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    silent["PYTHONPATH"] = str(Path(fxfreeze.__file__).parents[1])
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=silent, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    assert (tmp_path / "t.json").exists()
 
 
 def test_the_trace_names_units_within_each_iteration(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rows import make_cache, make_cached_trial, make_report, make_row, make_traffic, make_trial
+from rows import make_cache, make_cached_trial, make_int8_trial, make_report, make_row, make_traffic, make_trial
 
 from fxfreeze import page, report
 from fxfreeze.cached import CacheRecord
@@ -58,6 +58,37 @@ def test_notes_give_events_drift_and_noise() -> None:
     assert "0.40x of plain's time, 0.40x of its FLOPs" in text
     assert "longer than plain" not in text
     assert "plain-short is longer than plain" in "\n".join(report.notes(make_report([make_trial(plain=5.0)])))
+
+
+def test_notes_set_int8_beside_the_same_without() -> None:
+    """Of 1000 samples ten are right in one of the two rows alone, which leaves 1.96 * sqrt(10) of them to chance."""
+    notes = report.notes(make_report([make_int8_trial()]))
+    assert (
+        "Freeze events (trace, split, rewrite, self-check): 2.0% of fxfreeze's training time, 10.0% of fxfreeze+int8's "
+        in (notes[1])
+    )
+    assert notes[2] == (
+        "fxfreeze+int8 took 0.75x the time of fxfreeze, and has 89.0% test accuracy against 90.0% (-1.0 ± 0.6 points). It is "
+        "scored in floating point, as the network is given back."
+    )
+    over_seeds = report.notes(make_report([make_int8_trial(right=right) for right in (890, 910)]))
+    assert "0.75 ± 0.00x the time of fxfreeze, and has 90.0 ± 1.4% test accuracy" in over_seeds[2]
+
+
+@pytest.mark.parametrize("missing", ["fxfreeze", "fxfreeze+int8"])
+def test_notes_compare_int8_with_nothing_that_is_missing(missing: str) -> None:
+    trial = make_int8_trial()
+    del trial.rows[missing]
+    text = "\n".join(report.notes(make_report([trial])))
+    assert "given back" not in text
+    assert f"of {missing}'s" not in text
+    assert "self-check): " in text
+
+
+def test_notes_conclude_nothing_on_int8_from_a_run_that_was_stopped() -> None:
+    trial = make_int8_trial()
+    trial.finished = False
+    assert "given back" not in "\n".join(report.notes(make_report([trial])))
 
 
 def test_notes_are_about_each_rival_that_ran() -> None:

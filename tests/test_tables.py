@@ -179,3 +179,51 @@ def test_a_table_that_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.json").write_text(json.dumps({"shown": None}))
     (tmp_path / "b.json").write_text(json.dumps({"shown": "of b"}))
     assert tables.shown("optional") == "of b\n[All figures](bench/results/b.json)."
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A README of two tables, one of them measured."""
+    (tmp_path / "README.md").write_text("<!-- a -->\n<!-- /a -->\n<!-- b -->\n<!-- /b -->\n")
+    (tmp_path / "second.json").write_text(json.dumps({"shown": "figures", "benchmarks": []}))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    both = {
+        "a": tables.Table(("first.json", "second.json"), lambda results: results["shown"]),
+        "b": tables.Table(("first.json",), lambda results: results["shown"], "not yet"),
+    }
+    monkeypatch.setattr(tables, "TABLES", both)
+    return tmp_path
+
+
+def test_what_is_written_from_which_file_is_told(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main([]) == 0
+    told = f"a: from second.json\nb: nothing measured yet\nWritten to {house / 'README.md'}\n"
+    assert capsys.readouterr().out == told
+    assert "figures\n[All figures](bench/results/second.json)" in (house / "README.md").read_text()
+    assert "not yet" in (house / "README.md").read_text()
+
+
+def test_the_picture_is_told_where_there_is_one(
+    house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "CURVES", "second.json")
+    monkeypatch.setattr(tables, "PICTURE", house / "iterations.png")
+    monkeypatch.setattr(tables, "curves", lambda results: {"net": {"plain": [(0.0, 1.0), (0.5, 0.8)]}})
+    assert tables.main([]) == 0
+    assert "\niterations.png: from second.json\n" in capsys.readouterr().out
+    assert (house / "iterations.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--out", 2), ("cpu.json", 2)])
+def test_help_and_what_is_unknown_write_nothing(
+    argument: str, status: int, house: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (house / "README.md").read_text()
+    with pytest.raises(SystemExit) as left:
+        tables.main([argument])
+    assert left.value.code == status
+    assert (house / "README.md").read_text() == before
+    printed = capsys.readouterr()
+    assert ("README's tables and picture" in printed.out) == (status == 0)
+    assert ("unrecognized arguments" in printed.err) == (status == 2)
