@@ -67,7 +67,7 @@ def test_a_milestone_that_names_nothing() -> None:
 def test_unknown_backends_and_precisions() -> None:
     with pytest.raises(ValueError, match="backend 'cuda' is unknown: expected one of auto, plain"):
         fxfreeze.compile(network(), NEVER, backend="cuda")
-    for precision in ("fp8", torch.float64, torch.int8, 16):
+    for precision in ("fp8", torch.float64, torch.int16, 16):
         with pytest.raises(ValueError, match=r"precision .* is unknown: expected None, fp32, fp16, bf16"):
             fxfreeze.compile(network(), NEVER, precision=precision)  # type: ignore[arg-type]
     for backend in ("auto", "plain"):

@@ -273,6 +273,15 @@ def test_moves_let_the_old_weights_go_at_once() -> None:
     assert model.prefix is not prefix
 
 
+def test_weights_may_be_loaded_any_number_of_times() -> None:
+    """Each time the frozen part is rewritten: an average, say, is swapped in for every evaluation."""
+    model = fxfreeze.compile(network(), Milestones({"blocks.0": 0})).eval()
+    for seed in range(6):
+        load(model.original, network(seed))
+        assert_same(model)
+        assert model.prefix.segments[0].reason is None
+
+
 def test_no_rebuild_without_a_change() -> None:
     """Nor when what is frozen is merely read, saved or copied."""
     model = fxfreeze.compile(network(), Milestones({"blocks.0": 0})).eval()
