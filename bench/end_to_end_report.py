@@ -25,7 +25,7 @@ NOTE = (
     "plain-short: points of validation accuracy over plain cut to the same time, with the 95% interval over seeds. Plain "
     "needs: the share of its time in which plain is as accurate. No images are augmented."
 )
-COMPARABLE = 0.14  # of plain's own test error: twice the 7% or less that is reported of these families on CIFAR-10
+COMPARABLE = 0.15  # of plain's own test error: past it, training was too short to stand beside what is published
 
 
 class Claim(NamedTuple):
@@ -94,8 +94,8 @@ def notes(network: str, seeds: Sequence[Seed]) -> list[str]:
         if not comparable(seeds):
             error = 1 - average([seed["plain"].test for seed in seeds]).mean
             lines.append(
-                f"Its star is not drawn: plain's own error here is {error:.0%}, past {COMPARABLE:.0%}, twice what is reported "
-                f"of such networks on CIFAR-10, so that the claim is of other trainings than these."
+                f"Its star is not drawn: plain's own error here is {error:.0%}, past {COMPARABLE:.0%}, so that the claim is of "
+                f"much longer trainings than these."
             )
     shares = [
         (each.seconds / each.steps) / (seed["plain"].seconds / seed["plain"].steps)

@@ -133,6 +133,15 @@ def test_nothing_is_built_for_a_few_steps(contest: Contest) -> None:
     assert note.startswith("auto: nothing tried; openvino takes ")
 
 
+def test_a_call_that_was_held_up_is_not_what_calls_take(contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine some take long: what might be gained is counted by the least."""
+    held_up = iter([0.2, 0.1, 0.001])
+    monkeypatch.setattr(auto, "_seconds", lambda *_: next(held_up, 0.001))
+    monkeypatch.setattr(auto, "_SHORT", 1.0)
+    _, built = contest({"seconds": 0.001}, {"openvino": {"seconds": 0.0001}}, steps=100)
+    assert built == []
+
+
 def test_the_steps_decide_what_is_built(contest: Contest) -> None:
     """Over the horizons the quick builds come first, each from where it pays."""
     seen = []

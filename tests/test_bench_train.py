@@ -193,13 +193,13 @@ def legend_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_no_claim_is_drawn_beside_a_plain_that_errs_more_than_twice_as_often_as_published() -> None:
+def test_no_claim_is_drawn_beside_a_plain_that_was_trained_too_short() -> None:
     seeds = three(ours=(0.75, 0.70))  # plain's own test error is 31%
     figure = picture({"wrn-40-4": seeds})
     assert not [line for line in figure.axes[0].lines if line.get_color() == CLAIM]
     assert "claimed by arXiv 1706.04983" not in legend_of(figure)
-    assert "Its star is not drawn: plain's own error here is 31%, past 14%" in " ".join(notes("wrn-40-4", seeds))
-    assert [comparable([seed(luck)]) for luck in (0.171, 0.169)] == [True, False]  # of 0.69 and as much
+    assert "Its star is not drawn: plain's own error here is 31%, past 15%" in " ".join(notes("wrn-40-4", seeds))
+    assert [comparable([seed(luck)]) for luck in (0.161, 0.159)] == [True, False]  # of 0.69 and as much
 
 
 def test_the_picture_says_what_is_drawn_and_which_way_is_better() -> None:

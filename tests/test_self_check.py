@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from fxfreeze.backends import BACKENDS, Backend
 from fxfreeze.building import DECIDED, build
 from fxfreeze.computation import Computation
-from fxfreeze.fidelity import relative_error
+from fxfreeze.fidelity import BOUNDS, TF32_BOUND, bound_of, relative_error
 from fxfreeze.passes import PASSES
 from fxfreeze.rewrite import Outcome
 
@@ -225,3 +225,12 @@ def test_relative_error(value: list[Any], reference: list[Any], error: float) ->
 def test_relative_error_of_what_is_no_number() -> None:
     nan = torch.tensor([float("nan"), 1.0])
     assert not relative_error(nan, torch.ones(2)) <= 1e9
+
+
+def test_bounds_by_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 has that of TF32 where cuDNN may round to it, and nowhere else."""
+    for allowed, bound in ((True, TF32_BOUND), (False, BOUNDS[torch.float32])):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        assert bound_of(torch.float32, "cuda") == bound
+        assert bound_of(torch.float32, "cpu") == BOUNDS[torch.float32]
+        assert bound_of(torch.bfloat16, "cuda") == BOUNDS[torch.bfloat16]
