@@ -36,7 +36,7 @@ lint: $(VENV)/.lint
 	$(BIN)/mypy
 
 # Those that README needs most come first: what would begin after BENCH_SECONDS is left out.
-SUITES := $(patsubst %,bench/bench_%.py,prefix techniques iteration training freeze cache cached_epoch)
+SUITES := $(patsubst %,bench/bench_%.py,prefix techniques training iteration freeze cache cached_epoch)
 ON_GPU := $(patsubst %,bench/bench_%.py,prefix techniques iteration kernels freeze)
 MEASURE := $(BIN)/python -m pytest -p no:xdist -o python_files='bench_*.py' -o python_functions='bench_*' \
 	--benchmark-columns=min,median,iqr,rounds --benchmark-group-by=group

@@ -30,7 +30,7 @@ FACTS: dict[str, Kinds] = {
 }
 
 # Files measured before every row said all of this, and what they leave out. One that is measured anew leaves out nothing.
-EARLIER = ("cpu.json", "cache-cpu.json", "backends-cpu.json")
+EARLIER = ("cache-cpu.json", "backends-cpu.json")
 LEFT_OUT = {"environment", *FACTS} - {"torch", "threads", "baseline", "ratio"}
 
 

@@ -42,7 +42,7 @@ ON_CPU = "Not measured yet: `make bench` does it."
 ON_GPU = "No GPU has been measured yet: `make bench-gpu` does it."
 TABLES: dict[str, Table] = {
     "kernels": Table(("kernels.json",), kernels),
-    "prefixes": Table(("cpu.json", "backends-cpu.json"), prefixes),
+    "prefixes": Table(("cpu.json",), prefixes),
     "techniques": Table(("cpu.json",), techniques, ON_CPU),
     "iterations": Table(("cpu.json",), iterations, ON_CPU),
     "cache": Table(("cpu.json", "cache-cpu.json"), cache),
