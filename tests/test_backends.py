@@ -331,6 +331,7 @@ INTERRUPTED = """
 import signal
 import torch
 from fxfreeze.backends import openvino
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this may ignore it
 from torch import fx, nn
 kept = []
 for _ in range(2):
