@@ -18,6 +18,7 @@ from bench.by_hand_steps import by_hand
 from bench.iterations import Entry, Measured, measure
 from bench.networks import NETWORKS
 from bench.scale import DEVICE, SMALL, scaled
+from bench.tables_iterations import WAYS
 
 SHARES = (0.25, 0.5, 0.75)
 EVERY_DEPTH = ("resnet18", "densenet121", "resnet-8")  # the others at half depth
@@ -25,16 +26,7 @@ LEFT_OUT = ("wrn-40-4",) if DEVICE.type == "cpu" else ()  # for its time
 COMPILED = ("resnet50",) if DEVICE.type == "cuda" else ("resnet18",)
 BACKEND = "auto" if DEVICE.type == "cuda" else "library"
 ROUNDS = scaled(5, 2)
-CONTENDERS = (
-    "plain",
-    "plain, compiled",
-    "freezeout",
-    "requires_grad only, compiled",
-    "fxfreeze",
-    "fxfreeze + cache",
-    "by hand",
-    "by hand, again",
-)
+CONTENDERS = (*WAYS, "by hand, again")
 
 
 def names(network: str, share: float) -> Iterator[str]:

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fxfreeze
 from bench.clock import Contender, interleave
 from bench.networks import NETWORKS
 from bench.rows import Subject
 from bench.scale import scaled
+from bench.steps import frozen, units_of
 from fxfreeze.fidelity import BOUNDS
 
 MEASURED = scaled(("resnet18", "densenet121"), ("resnet-8",))
@@ -29,8 +29,7 @@ class Split:
 
     def __init__(self, name: str) -> None:
         net, self.x, self.y = NETWORKS[name].drawn()
-        self.model = fxfreeze.compile(net, fxfreeze.FreezeOut(10**9), backend="library").train()
-        self.model.freeze(len(self.model.units) // 2)
+        self.model = frozen(net, len(units_of(net)) // 2, "library")
         self.model(self.x)
         (self.prefix,) = self.model.prefix.segments
         (plan,) = self.model._derived.surgery._plans.values()

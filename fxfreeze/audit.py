@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxfreeze.fidelity import relative_error
+from fxfreeze.fidelity import largest_error
 
 __all__ = ["Audit"]
 
@@ -27,8 +27,8 @@ class Audit:
 
     def finds(self, outputs: Sequence[Any], expected: Sequence[Any]) -> str | None:
         """What is wrong with ``outputs``, or None."""
-        pairs = [(a, b) for a, b in zip(outputs, expected, strict=True) if isinstance(b, Tensor)]
-        error = max((relative_error(a.to(b.dtype), b) for a, b in pairs), default=0.0)
+        alike = [a.to(b.dtype) if isinstance(b, Tensor) else a for a, b in zip(outputs, expected, strict=True)]
+        error = largest_error(alike, expected)
         if error <= self.bound:
             return None
         return (

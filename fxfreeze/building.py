@@ -13,7 +13,7 @@ from fxfreeze.backends import Backend
 from fxfreeze.backends.compiled import Compiled, unrepeatable
 from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import graphs_on
-from fxfreeze.fidelity import INT8_BOUND, Recorder, bound_of, cut_like, reference, relative_error
+from fxfreeze.fidelity import INT8_BOUND, Recorder, bound_of, cut_like, largest_error, reference
 from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import rehearsed
@@ -120,8 +120,7 @@ def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked, bound: flo
     computed = segment.computation.autocast or max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
     segment.bound = bound or bound_of(computed, segment.computation.device)
     laid_out = segment.layouts.imposed(outputs, samples)
-    errors = [relative_error(a, b) for a, b in zip(laid_out, expected, strict=True) if isinstance(b, Tensor)]
-    segment.error = max(errors, default=0.0)
+    segment.error = largest_error(laid_out, expected)
     if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in expected):
         return "the original's own output is not finite, so nothing could be compared"
     if not segment.error <= segment.bound:

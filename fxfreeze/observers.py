@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 __all__ = ["has_tangents", "observed"]
 
-_level: Any = forward_ad
+_forward_ad: Any = forward_ad
 
 
 def observed() -> bool:
@@ -20,4 +20,4 @@ def observed() -> bool:
 
 def has_tangents() -> bool:
     """Whether forward-mode differentiation is on, which ``no_grad`` does not turn off."""
-    return bool(_level._current_level >= 0)
+    return bool(_forward_ad._current_level >= 0)

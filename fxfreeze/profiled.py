@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxfreeze import profile_json
 from fxfreeze.disagreement import explain
 from fxfreeze.iterations import Iteration, Parts
 from fxfreeze.sizes import change_text
@@ -106,11 +105,6 @@ class Profile:
     def json(self) -> str:
         """All of it, as JSON; times in seconds."""
         return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Profile":
-        """What ``json`` wrote. Raises ChoiceError, a ValueError, for anything else, with the field that is not as it was."""
-        return cls(**profile_json.read(text))
 
 
 def _milliseconds(seconds: float) -> str:

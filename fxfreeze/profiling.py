@@ -151,10 +151,8 @@ class _Trial:
     ) -> None:
         self.depth, self.feed, self.loss = depth, feed, loss
         net = copy.deepcopy(model.original)
-        for (
-            name,
-            required,
-        ) in model._required_grad.items():  # what the model itself has frozen trains here until ``depth``
+        # What the model itself has frozen trains here until ``depth``.
+        for name, required in model._required_grad.items():
             net.get_parameter(name).requires_grad_(required)
         self.model = FreezableModel(net, Milestones({}), model._ownership, model.backend, model.precision).train()
         self.model.freeze(depth)
