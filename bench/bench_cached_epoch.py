@@ -28,8 +28,8 @@ from fxfreeze.cache.worth import computed, stored
 from fxfreeze.chain import Chain
 from fxfreeze.fidelity import BOUNDS, relative_error
 
-SAMPLES, BATCH, SIZE, CLASSES = scaled((256, 32, 64, 10), (8, 4, 32, 10))
-EPOCHS = scaled(7, 3)
+SAMPLES, BATCH, SIZE, CLASSES = scaled((192, 32, 64, 10), (8, 4, 32, 10))
+EPOCHS = scaled(5, 3)
 DEPTHS = scaled((1, 3, 5, 7, 9), (5,))  # of 10 units
 LIVE = "live half alone, tensors in memory"
 CONTENDERS = (LIVE, f"{LIVE}, again", "cached, from RAM", "cached, from disk", "frozen half computed")

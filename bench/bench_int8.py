@@ -1,7 +1,8 @@
 """A frozen backbone in int8, beside OpenVINO in float32 and bfloat16, and eager: time, and how far its outputs are off.
 
 Networks are trained for a little first, on MNIST enlarged: quantization errs by what weights and activations are like, and
-more with random ones. Where the error is past the bound, fxfreeze would run float32: the row says whether it does.
+more with random ones. Where the error is past the bound, fxfreeze would run float32: the row says whether it does. Beside it
+stands the error that rounding to fp8 would bring.
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import fxfreeze
 from bench.clock import Contender, interleave
+from bench.fp8_error import fp8_error
 from bench.rows import Subject
 from bench.scale import SMALL
 from fxfreeze import data
@@ -83,8 +85,8 @@ def _segment(net: nn.Module, contender: str, x: Tensor) -> Segment:
 
 
 @functools.cache
-def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dict[str, float]]:
-    """Seconds, segments and errors on images that nothing was calibrated on, by contender."""
+def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dict[str, float], float]:
+    """Seconds, segments and errors on images that nothing was calibrated on, by contender; and the error of fp8."""
     make, size = NETWORKS[name]
     net, (test, _) = _trained(make, size), data.load("mnist5k").test.tensors
     x, unseen = _images(test[:BATCH], size), _images(test[BATCH : 2 * BATCH], size)
@@ -92,9 +94,10 @@ def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dic
     exact = segments["eager"].plain
     with torch.no_grad():
         errors = {c: relative_error(segment(unseen)[0], exact(unseen)[0]) for c, segment in segments.items()}
+        rounded = fp8_error(segments["eager"].rewritten, unseen, exact(unseen)[0])
         runs: dict[str, Contender] = {c: functools.partial(segment, x) for c, segment in segments.items()}
         runs["eager"] = functools.partial(exact, x)
-        return interleave(runs, ROUNDS), segments, errors
+        return interleave(runs, ROUNDS), segments, errors, rounded
 
 
 @pytest.mark.skipif(SMALL, reason="small runs compile nothing")
@@ -102,10 +105,11 @@ def measured(name: str) -> tuple[dict[str, list[float]], dict[str, Segment], dic
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("name", NETWORKS)
 def bench_int8(row, benchmark, name: str, contender: str) -> None:
-    times, segments, errors = measured(name)
+    times, segments, errors, rounded = measured(name)
     size, segment = NETWORKS[name][1], segments[contender]
     dtype, bound = CONTENDERS[contender]
     benchmark.group = f"backbone in int8, {name} at {size} px, batch {BATCH}"
     runs = "compiled" if segment.compiled else segment.uncompiled or "uncompiled"
     subject = Subject(dtype, (BATCH, 3, size, size), errors[contender], bound)
-    row(times, contender, "openvino fp32", subject, build_seconds=segment.seconds, runs=runs)
+    more = {"error_of_fp8": rounded} if contender == "int8" else {}
+    row(times, contender, "openvino fp32", subject, build_seconds=segment.seconds, runs=runs, **more)

@@ -21,7 +21,7 @@ from bench.scale import DEVICE, SMALL, scaled
 from bench.tables_iterations import WAYS
 
 SHARES = (0.25, 0.5, 0.75)
-EVERY_DEPTH = ("resnet18", "densenet121", "resnet-8")  # the others at half depth
+EVERY_DEPTH = ("resnet18", "resnet-8", *(["densenet121"] if DEVICE.type == "cuda" else []))  # the others at half depth
 LEFT_OUT = ("wrn-40-4",) if DEVICE.type == "cpu" else ()  # for its time
 COMPILED = ("resnet50",) if DEVICE.type == "cuda" else ("resnet18",)
 BACKEND = "auto" if DEVICE.type == "cuda" else "library"

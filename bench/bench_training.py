@@ -1,7 +1,7 @@
 """Whole trainings, freeze events included, by backend: is "auto" as fast as the best fixed one?
 
 ResNet-18, random images, FreezeOut over all steps. The trainings go side by side, a step of each in turn; the error is that of
-the last self-checks. Not among them: "inductor", which builds for seconds at each of the nine freezes.
+the last self-checks. Not among them: "inductor" and "openvino", which build for seconds at each of the nine freezes.
 """
 
 import copy
@@ -18,12 +18,11 @@ from bench.budget import begin
 from bench.networks import NETWORKS
 from bench.rows import Subject
 from bench.scale import SMALL, scaled
-from fxfreeze.backends import openvino
 from fxfreeze.fidelity import BOUNDS
 
 NETWORK = scaled("resnet18", "resnet-8")
 STEPS, REPEATS = scaled((120, 1), (12, 2))
-BACKENDS = ("plain", "library") if SMALL else ("plain", "library", "openvino", "auto", "auto, again")
+BACKENDS = ("plain", "library") if SMALL else ("plain", "library", "auto", "auto, again")
 
 
 class Training:
@@ -49,13 +48,12 @@ def measured() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """(seconds of each whole training, what else is worth knowing) by contender."""
     begin()
     net, x, y = NETWORKS[NETWORK].drawn()
-    names = [name for name in BACKENDS if name != "openvino" or openvino.here()]
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[float]] = {name: [] for name in BACKENDS}
     facts: dict[str, dict[str, Any]] = {}
     for _ in range(REPEATS):
-        runs = {name: Training(net, name.partition(",")[0]) for name in names}
+        runs = {name: Training(net, name.partition(",")[0]) for name in BACKENDS}
         for step in range(STEPS):
-            for name in names if step % 2 else reversed(names):
+            for name in BACKENDS if step % 2 else reversed(BACKENDS):
                 runs[name].step(x, y)
         for name, run in runs.items():
             times[name].append(run.seconds)
@@ -69,8 +67,6 @@ def measured() -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
 @pytest.mark.parametrize("contender", BACKENDS)
 def bench_training(row, benchmark, contender: str) -> None:
     times, facts = measured()
-    if contender not in times:
-        pytest.skip("OpenVINO is not installed")
     fixed = [name for name in times if not name.startswith("auto")]
     network, more = NETWORKS[NETWORK], dict(facts[contender])
     benchmark.group = f"training, {NETWORK} at {network.size} px, batch {network.batch}, {STEPS} steps"

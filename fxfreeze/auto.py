@@ -29,6 +29,7 @@ __all__ = ["UNKNOWN_STEPS", "choose", "first_choice", "rivals"]
 
 UNKNOWN_STEPS = 1000  # expected ahead where no FreezeScheduler tells
 _FEWEST, _MOST = 3, 15  # turns
+_LONGEST = 10.0  # seconds of turns: calls of half a second are told apart by five as well
 _SHORT = 0.05  # seconds to spend on finding out how long a call takes
 _LEAST_GAIN = 0.01  # of the time ahead: always thought possible, and what taking turns may cost
 _CLEARLY = 0.98  # of the first choice's time: what a rival must stay below to take its place
@@ -108,7 +109,7 @@ def choose(
     if len(built) == 1:
         first.notes += ("; ".join(["auto: nothing tried", *skipped]),)
         return first
-    medians = _medians(built, inputs, budget=_LEAST_GAIN * once * steps)
+    medians = _medians(built, inputs, budget=min(_LONGEST, _LEAST_GAIN * once * steps))
     timings.add(case, {s.backend: Times(medians[s.backend], s.seconds) for s in built})
     quickest = min(built, key=lambda s: medians[s.backend])
     chosen = quickest if medians[quickest.backend] < _CLEARLY * medians[first.backend] else first

@@ -6,6 +6,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from bench import roofline
+from bench.fp8_error import e4m3, fp8_error
 from bench.memory import Growth, growth, height
 from bench.roofline import Ceilings, Work, ceilings, flops_of, held, inference, share, training
 
@@ -78,3 +79,23 @@ def test_a_call_on_cuda_is_counted_by_its_allocator(monkeypatch: pytest.MonkeyPa
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     assert growth(lambda: None, torch.device("cuda")) == Growth(peak=70, kept=30)
+
+
+def test_fp8_has_three_bits_after_the_first() -> None:
+    """With the largest at 448, what is around 1 lies on a grid of 1/8; and what is below half a step of the least is 0."""
+    value = torch.tensor([448.0, 1.0, 1.06, 1.07, 1.1875, -1.3, 2.0**-11])
+    assert e4m3(value).tolist() == [448.0, 1.0, 1.0, 1.125, 1.25, -1.25, 0.0]
+    rows = torch.tensor([[448.0, 1.07], [448e4, 1.07e4]])
+    torch.testing.assert_close(e4m3(rows, dims=[1])[1], 1e4 * e4m3(rows[0]))
+
+
+def test_the_error_of_fp8_is_that_of_its_layers_inputs_and_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    conv, linear = net[0], net[3]
+    graph, x = symbolic_trace(net), torch.randn(2, 3, 8, 8)
+    graph.graph.output_node().args = ((graph.graph.output_node().args[0],),)
+    with torch.no_grad():
+        hidden = torch.conv2d(e4m3(x), e4m3(conv.weight, dims=[1, 2, 3]), conv.bias).relu().flatten(1)
+        rounded = nn.functional.linear(e4m3(hidden), e4m3(linear.weight, dims=[1]), linear.bias)
+        assert fp8_error(graph, x, rounded) == 0
+        assert 0.01 < fp8_error(graph, x, net(x)) < 0.1
