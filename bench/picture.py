@@ -1,7 +1,6 @@
 """A picture of what an iteration costs by depth: one panel a network, one curve a way of running it."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -23,9 +22,8 @@ LOOK = {
 Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]  # by network and way: (share frozen, relative time)
 
 
-def draw(curves: Curves, path: Path) -> None:
-    """To an image file."""
-    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
+def picture(curves: Curves) -> Figure:
+    figure = Figure(figsize=(5.2 * len(curves), 4.4), layout="constrained")
     panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (name, ways) in zip(panels, curves.items(), strict=True):
         for way, look in LOOK.items():
@@ -41,5 +39,5 @@ def draw(curves: Curves, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("time of an iteration, plain training = 1")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, 2 * len(curves)), frameon=False)
+    return figure

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.picture import draw
+from bench.picture import picture
 from bench.tables_cache import cache
 from bench.tables_iterations import curves, iterations, techniques
 from bench.tables_kernels import kernels
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {'nothing measured yet' if file is None else f'from {file}'}")
     readme.write_text(text)
     if (RESULTS / CURVES).exists() and (drawn := curves(read(CURVES))):
-        draw(drawn, PICTURE)
+        picture(drawn).savefig(PICTURE, dpi=120)
         print(f"{PICTURE.name}: from {CURVES}")
     print(f"Written to {readme}")
     return 0

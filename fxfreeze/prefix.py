@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 
 from fxfreeze.rewrite import Outcome
 from fxfreeze.runtime import Segment
-from fxfreeze.sizes import dtype_text
+from fxfreeze.sizes import dtype_text, seconds_text
 
 __all__ = ["Prefix", "describe"]
 
@@ -49,9 +49,11 @@ def describe(segment: Segment) -> str:
     state = f"unrewritten: {segment.reason}" if segment.reason else "rewritten"
     if segment.compiled:
         state = f"compiled for {' and for '.join(map(str, segment.compiled))}"
+    took = segment.times.seconds
+    call = "no call timed yet" if took is None else f"{seconds_text(took)} a call"
     head = (
         f"segment {segment.start}-{segment.end}: backend {segment.backend}, {operators} operators "
-        f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {segment.seconds * 1e3:.0f} ms"
+        f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {seconds_text(segment.seconds)}, {call}"
     )
     uncompiled = [] if segment.uncompiled is None else [f"  not compiled: {segment.uncompiled}"]
     launched = [f"  {segment.graphs}"] if segment.graphs is not None and str(segment.graphs) else []

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 from fxfreeze.audit import Audit
 from fxfreeze.backends.compiled import Compiled, unrepeatable
+from fxfreeze.call_times import CallTimes
 from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import CudaGraphs
 from fxfreeze.fidelity import reference
@@ -53,6 +54,7 @@ class Segment:
     audit: Audit | None = None  # of compiled code that was made for one batch's values
     trained: bool = False  # whether it has met a training batch
     on_drop: Callable[["Segment"], None] = lambda _: None  # told when something that ran before fails
+    times: CallTimes = field(init=False)
     layouts: Layouts = field(init=False)
     whole: list[nn.Module] = field(init=False)
     repeatable: bool = field(init=False)  # running it twice does what running it once does
@@ -61,6 +63,7 @@ class Segment:
         self.whole = kept_whole(self.plain)
         self.repeatable = not self.whole and unrepeatable(self.plain) is None
         self.layouts = layouts_of(self.plain, self.whole)
+        self.times = CallTimes(self.computation.device)
 
     @property
     def ranges(self) -> list[float] | None:
@@ -81,25 +84,28 @@ class Segment:
     def native(self, *inputs: Any) -> tuple[Any, ...]:
         """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
-            if has_tangents() or (self.swallows_nan and not _finite(inputs)):
-                return tuple(self.plain.forward(*inputs))
-            if (compiled := self.compiled_for(inputs)) is not None:
-                try:
-                    outputs = self._run(compiled, inputs)
-                except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
-                    self._drop("compiled", _failure(error), "It runs uncompiled")
-                else:
-                    return self._audited(outputs, inputs)
-            if self.rewritten is not None:
-                try:
-                    return self._run(self.rewritten.forward, inputs)
-                except Exception as error:
-                    if not self.repeatable:
-                        raise
-                    outputs = tuple(self.plain.forward(*inputs))  # raises where the original would
-                    self._drop("rewritten", _failure(error), "The plain graph runs instead")
-                    return outputs
+            return self.times.call(self._native, inputs)
+
+    def _native(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        if has_tangents() or (self.swallows_nan and not _finite(inputs)):
             return tuple(self.plain.forward(*inputs))
+        if (compiled := self.compiled_for(inputs)) is not None:
+            try:
+                outputs = self._run(compiled, inputs)
+            except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
+                self._drop("compiled", _failure(error), "It runs uncompiled")
+            else:
+                return self._audited(outputs, inputs)
+        if self.rewritten is not None:
+            try:
+                return self._run(self.rewritten.forward, inputs)
+            except Exception as error:
+                if not self.repeatable:
+                    raise
+                outputs = tuple(self.plain.forward(*inputs))  # raises where the original would
+                self._drop("rewritten", _failure(error), "The plain graph runs instead")
+                return outputs
+        return tuple(self.plain.forward(*inputs))
 
     def _audited(self, outputs: tuple[Any, ...], inputs: Sequence[Any]) -> tuple[Any, ...]:
         """``outputs`` of compiled code, or what they should have been where they are found wrong."""

@@ -286,7 +286,10 @@ def test_printed() -> None:
     assert repr(model.prefix) == text
     assert text.startswith("prefix: 3 frozen units, ")
     figures = r"segment 0-3: backend plain, [67] operators \(9 traced\), the model's dtype, rewritten, "
-    assert re.search(figures + r"error \d\.\de-\d\d \(bound 1e-04\), built in \d+ ms", text)
+    assert re.search(figures + r"error \d\.\de-\d\d \(bound 1e-04\), built in [\d.]+ m?s, no call timed yet", text)
+    for _ in range(4):
+        model(images(6))
+    assert re.search(r"built in [\d.]+ m?s, [\d.]+ [mu]?s a call\n", str(model.prefix))
     assert "fold_batchnorm: 3 folded (stem.1, blocks.0.1, blocks.1.1)" in text
     assert model.prefix.build_seconds > 0
     seconds = model.prefix.build_seconds

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import tables
-from bench.picture import draw
+from bench.picture import LOOK, picture
 from bench.tables_cache import cache
 from bench.tables_iterations import curves, iterations, techniques
 from bench.tables_kernels import kernels
@@ -140,13 +140,24 @@ def test_iterations_by_hand() -> None:
     assert "docs/iterations.png" in str(iterations(given))
 
 
-def test_one_depth_alone_is_no_picture(tmp_path: Path) -> None:
+def test_one_depth_alone_is_no_picture() -> None:
     memory = {"peak_bytes": 5 << 20}
     one = [iteration("plain", 0.5, 0.2, **memory), iteration("fxfreeze", 0.5, 0.1, **memory)]
     assert curves(results(*one)) == {}
     assert "docs/iterations.png" not in str(iterations(results(*one)))
-    draw(curves(results(*one, iteration("plain", 0.25, 0.2, **memory))), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert curves(results(*one, iteration("plain", 0.25, 0.2, **memory))).keys() == {"net"}
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_the_picture_has_room_for_its_legend(networks: int) -> None:
+    every = {way: [(0.25, 0.9), (0.5, 0.8)] for way in LOOK}
+    drawn = picture({f"net {i}": every for i in range(networks)})
+    drawn.draw_without_rendering()
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(LOOK)
+    inside, whole = legend.get_window_extent(), drawn.bbox
+    assert whole.x0 <= inside.x0 < inside.x1 <= whole.x1
+    assert whole.y0 <= inside.y0 < inside.y1 <= drawn.axes[0].get_window_extent().y0
 
 
 def test_the_cache_by_hand() -> None:
