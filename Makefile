@@ -46,7 +46,7 @@ bench: $(VENV)/.test
 ifdef BENCH
 	$(MEASURE) $(BENCH) $(if $(JSON),--benchmark-json=$(JSON))
 else
-	BENCH_DEVICE=cpu BENCH_SECONDS=840 $(MEASURE) $(SUITES) --benchmark-json=$(or $(JSON),bench/results/cpu.json)
+	BENCH_DEVICE=cpu BENCH_SECONDS=855 $(MEASURE) $(SUITES) --benchmark-json=$(or $(JSON),bench/results/cpu.json)
 endif
 
 bench-gpu: $(VENV)/.test

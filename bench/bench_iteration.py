@@ -22,7 +22,7 @@ from bench.tables_iterations import WAYS
 
 SHARES = (0.25, 0.5, 0.75)
 EVERY_DEPTH = ("resnet18", "resnet-8", *(["densenet121"] if DEVICE.type == "cuda" else []))  # the others at half depth
-LEFT_OUT = ("wrn-40-4",) if DEVICE.type == "cpu" else ()  # for its time
+LEFT_OUT = ("densenet-bc-12-100", "wrn-40-4") if DEVICE.type == "cpu" else ()  # for their time
 COMPILED = ("resnet50",) if DEVICE.type == "cuda" else ("resnet18",)
 BACKEND = "auto" if DEVICE.type == "cuda" else "library"
 ROUNDS = scaled(5, 2)

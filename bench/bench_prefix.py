@@ -1,8 +1,8 @@
 """Whole frozen prefixes, by each backend and by what a user could write by hand (``by_hand.py``).
 
-fxfreeze's rows are named by backend; "auto" has a million steps ahead, and builds every other. All of them at full depth,
-and at half depth of the network that is quickest to compile; elsewhere the shallower depths are left to what takes no
-compiler. Each result is compared with the original in float64; ratios are to the fastest of those by hand.
+fxfreeze's rows are named by backend; "auto" has a million steps ahead, and builds every other. All of them at full depth;
+the shallower ones are left to what takes no compiler. Each result is compared with the original in float64; ratios are to the
+fastest of those by hand.
 """
 
 import copy
@@ -35,7 +35,6 @@ ROUNDS = scaled(5, 2)
 MANY_STEPS = 10**6
 CHECKED = 4  # samples: in float64, a convolution takes long
 ON_CUDA = DEVICE.type == "cuda"
-HALF_TOO = ("resnet18", "resnet-8")  # networks of which everything is measured at half depth as well
 CPU_LEAVES_OUT = ("resnet50", "densenet121")  # to bench_iteration and bench_freeze, for their time
 COMPILERS = ("Inductor", "Inductor, max-autotune, CUDA graphs", "TensorRT", "inductor", "auto")
 COMPILED = ("densenet-bc-12-100", "resnet50", "mobilenet_v2") if ON_CUDA else tuple(NETWORKS)
@@ -73,7 +72,7 @@ def _segment(net: nn.Module, share: float, backend: str, x: Tensor) -> Segment:
 
 def _names(network: str, share: float) -> Iterator[str]:
     for name in (*by_hand.WAYS, *OURS):
-        wanted = name in SHALLOW or share == 1 or (share == 0.5 and network in HALF_TOO)
+        wanted = name in SHALLOW or share == 1
         left_out = name in COMPILERS and network not in COMPILED
         if wanted and not left_out and (name != "openvino" or openvino.here()):
             yield name

@@ -26,7 +26,7 @@ TECHNIQUES = (
     *scaled(("auto",), ()),
     "cache",
 )
-ROUNDS = scaled(7, 2)
+ROUNDS = scaled(5, 2)
 BACKENDS = {"fold": "plain", "library": "library", "auto": "auto"}
 
 
