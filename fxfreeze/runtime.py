@@ -134,6 +134,7 @@ class Segment:
 
     def _drop(self, what: str, reason: str, instead: str) -> None:
         self.graphs = self.audit = None
+        self.times = CallTimes(self.computation.device)  # those so far are of what ran before
         if self.compiled:
             self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
