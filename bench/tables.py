@@ -30,10 +30,9 @@ CURVES = "cpu.json"  # what the picture is drawn from
 
 
 class Table(NamedTuple):
-    """files: the first that holds rows for it is shown; build: None from a file that holds none; missing: what stands
-    there until one does."""
+    """file: what it is made of; build: None from a file without rows for it; missing: what stands there until it has."""
 
-    files: tuple[str, ...]
+    file: str
     build: Callable[[Any], str | None]
     missing: str = ""
 
@@ -41,12 +40,12 @@ class Table(NamedTuple):
 ON_CPU = "Not measured yet: `make bench` does it."
 ON_GPU = "No GPU has been measured yet: `make bench-gpu` does it."
 TABLES: dict[str, Table] = {
-    "kernels": Table(("kernels.json",), kernels),
-    "prefixes": Table(("cpu.json",), prefixes),
-    "techniques": Table(("cpu.json",), techniques, ON_CPU),
-    "iterations": Table(("cpu.json",), iterations, ON_CPU),
-    "cache": Table(("cpu.json", "cache-cpu.json"), cache),
-    "techniques on a GPU": Table(("cuda.json",), techniques, ON_GPU),
+    "kernels": Table("kernels.json", kernels),
+    "prefixes": Table("cpu.json", prefixes),
+    "techniques": Table("cpu.json", techniques, ON_CPU),
+    "iterations": Table("cpu.json", iterations, ON_CPU),
+    "cache": Table("cpu.json", cache, ON_CPU),
+    "techniques on a GPU": Table("cuda.json", techniques, ON_GPU),
 }
 
 
@@ -58,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = readme.read_text()
     for name in TABLES:
         text = renewed(text, name, shown(name))
-        file, _ = found(name)
-        print(f"{name}: {'nothing measured yet' if file is None else f'from {file}'}")
+        print(f"{name}: {'nothing measured yet' if built(name) is None else f'from {TABLES[name].file}'}")
     readme.write_text(text)
     if (RESULTS / CURVES).exists() and (drawn := curves(read(CURVES))):
         picture(drawn).savefig(PICTURE, dpi=120)
@@ -72,23 +70,19 @@ def read(file: str) -> Any:
     return json.loads((RESULTS / file).read_text())
 
 
-def found(name: str) -> tuple[str | None, str]:
-    """(the file that holds rows for the table of that name, the table from it); (None, "") if none does."""
-    files, build, _ = TABLES[name]
-    for file in files:
-        if (RESULTS / file).exists() and (text := build(read(file))) is not None:
-            return file, text
-    return None, ""
+def built(name: str) -> str | None:
+    """The table of that name; None without its file, or if that holds no rows for it."""
+    file, build, _ = TABLES[name]
+    return build(read(file)) if (RESULTS / file).exists() else None
 
 
 def shown(name: str) -> str:
     """What README says in the place of that name. ValueError for a table that must be there and has no rows."""
-    file, text = found(name)
-    if file is not None:
+    file, _, missing = TABLES[name]
+    if (text := built(name)) is not None:
         return f"{text}\n[All figures](bench/results/{file})."
-    files, _, missing = TABLES[name]
     if not missing:
-        raise ValueError(f"no rows for the table {name!r} in {' or '.join(files)} under {RESULTS}: measure them first")
+        raise ValueError(f"no rows for the table {name!r} in {file} under {RESULTS}: measure them first")
     return missing
 
 

@@ -30,12 +30,11 @@ def cache(results: Results) -> str | None:
 
 def _row(depth: int, by: dict[str, Bench]) -> list[str]:
     info = by["compute"]["extra_info"]
-    width = info.get("row_bytes", info["bytes"])  # earlier files have it under the other name
     compute, read = (median(by[what]) / BATCH for what in ("compute", "read"))
     write = info["write_seconds"]
     return [
         f"{depth} of {UNITS}",
-        f"{width / 1024:.0f} KiB",
+        f"{info['row_bytes'] / 1024:.0f} KiB",
         *(_microseconds(seconds) for seconds in (compute, read, write)),
         _reads(info["epochs_to_win_back"]),
     ]

@@ -180,16 +180,17 @@ def test_the_cache_by_hand() -> None:
 
 
 def test_a_table_that_has_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next file is asked; then it says so, or it must be there."""
+    """It says so, or must be there."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setitem(tables.TABLES, "optional", tables.Table(("a.json", "b.json"), lambda r: r["shown"], "not yet"))
-    monkeypatch.setitem(tables.TABLES, "needed", tables.Table(("a.json",), lambda r: r["shown"]))
+    monkeypatch.setitem(tables.TABLES, "optional", tables.Table("a.json", lambda r: r["shown"], "not yet"))
+    monkeypatch.setitem(tables.TABLES, "needed", tables.Table("a.json", lambda r: r["shown"]))
     assert tables.shown("optional") == "not yet"
     with pytest.raises(ValueError, match=r"no rows for the table 'needed' in a.json"):
         tables.shown("needed")
     (tmp_path / "a.json").write_text(json.dumps({"shown": None}))
-    (tmp_path / "b.json").write_text(json.dumps({"shown": "of b"}))
-    assert tables.shown("optional") == "of b\n[All figures](bench/results/b.json)."
+    assert tables.shown("optional") == "not yet"
+    (tmp_path / "a.json").write_text(json.dumps({"shown": "figures"}))
+    assert tables.shown("optional") == "figures\n[All figures](bench/results/a.json)."
 
 
 @pytest.fixture
@@ -200,8 +201,8 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     both = {
-        "a": tables.Table(("first.json", "second.json"), lambda results: results["shown"]),
-        "b": tables.Table(("first.json",), lambda results: results["shown"], "not yet"),
+        "a": tables.Table("second.json", lambda results: results["shown"]),
+        "b": tables.Table("first.json", lambda results: results["shown"], "not yet"),
     }
     monkeypatch.setattr(tables, "TABLES", both)
     return tmp_path
