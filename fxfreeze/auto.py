@@ -18,6 +18,7 @@ from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import AFTER
 from fxfreeze.fidelity import few_samples
 from fxfreeze.kernels import engine
+from fxfreeze.nans import swallowed_nan
 from fxfreeze.operators import op_of
 from fxfreeze.passes.fused_conv import onednn_supports
 from fxfreeze.rewrite import constant
@@ -59,7 +60,8 @@ def first_choice(graph: GraphModule, computation: Computation) -> str:
     weights = [weight for op in layers if (weight := constant(op.arguments["weight"], graph)) is not None]
     dtypes = {computation.autocast or weight.dtype for weight in weights if weight.dim() == 4}
     if computation.device == "cpu":
-        return "library" if any(onednn_supports(dtype) is None for dtype in dtypes) else "plain"
+        able = any(onednn_supports(dtype) is None for dtype in dtypes) and swallowed_nan(graph) is None
+        return "library" if able else "plain"
     return "library" if computation.device == "cuda" and dtypes - {torch.float64} else "plain"
 
 
@@ -86,61 +88,92 @@ def choose(
 ) -> Segment:
     """The fastest of ``first`` and those of ``names`` that are worth building for ``steps`` calls like ``inputs``.
 
-    case: under which ``timings`` keeps what is measured; where it knows all of them, nothing is measured.
+    case: under which ``timings`` keeps what is measured; nothing is measured where it knows all that is worth measuring.
     """
-    known = timings.get(case)
-    if {first.backend, *names} <= known.keys():
-        return _recalled(first, build, names, steps, known)
-    shares = {name: max(_LEAST_GAIN, 1 - _PRIORS[name].share / _PRIORS[first.backend].share) for name in names}
-    if all(share * steps <= 2 * _FEWEST for share in shares.values()):  # taking turns alone would cost more
-        first.notes += (f"auto: nothing tried for {steps:.0f} steps",)
-        return first
-    once = _least(first, inputs)
+    known = {name: times for name, times in timings.get(case).items() if name in (first.backend, *names)}
+    if first.backend not in known:
+        known = {}  # nothing to compare the others with
+    new = [name for name in names if name not in known]
+    if all(_share(name, first) * steps <= 2 * _FEWEST for name in new):  # taking turns alone would cost more
+        return _recalled(first, build, steps, known, f"nothing tried, with {steps:.0f} steps ahead")
+    once = known[first.backend].call if known else _least(first, inputs)
+    bids = {name: _bid(name, first, once, steps, known) for name in names}
     built, skipped = [first], []
-    for name in names:
-        cost = _build_time(name, first, known) + 2 * _FEWEST * once
-        gain = shares[name] * steps * once
-        if cost > gain:
-            skipped.append(f"{name} takes {seconds_text(cost)} to build and might win {seconds_text(gain)}")
-        elif _runs(segment := build(name), name):
+    for name in sorted(names, key=lambda name: name in known):  # those known, only if there is one to compare with them
+        if not bids[name].pays:
+            skipped += [] if name in known else [f"{name} {bids[name]}"]
+        elif (name not in known or len(built) > 1) and _runs(segment := build(name), name):
             built.append(segment)
-        else:
-            skipped.append(f"{name} can't run it: {segment.uncompiled or segment.reason}")
+        elif name not in known:
+            skipped.append(f"{name} can't run it: {_why(segment)}")
     if len(built) == 1:
-        first.notes += ("; ".join(["auto: nothing tried", *skipped]),)
-        return first
+        return _recalled(first, build, steps, known, "nothing tried", skipped)
     medians = _medians(built, inputs, budget=min(_LONGEST, _LEAST_GAIN * once * steps))
-    timings.add(case, {s.backend: Times(medians[s.backend], s.seconds) for s in built})
-    quickest = min(built, key=lambda s: medians[s.backend])
-    chosen = quickest if medians[quickest.backend] < _CLEARLY * medians[first.backend] else first
-    chosen.notes += ("; ".join([f"auto: {_figures(medians)}", *skipped]),)
+    sound = [segment for segment in built if _runs(segment, segment.backend)]  # the times of others are not their own
+    skipped += [f"{segment.backend} failed: {_why(segment)}" for segment in built if segment not in sound]
+    timings.add(case, {s.backend: Times(medians[s.backend], s.seconds) for s in sound})
+    quickest = min(sound, key=lambda s: medians[s.backend], default=first)
+    stays = first in sound and medians[quickest.backend] >= _CLEARLY * medians[first.backend]
+    chosen = first if stays else quickest
+    figures = _figures({segment.backend: medians[segment.backend] for segment in sound})
+    chosen.notes += ("; ".join([f"auto: {figures}", *skipped]),)
     return chosen
+
+
+class _Bid(NamedTuple):
+    """cost: seconds of building a backend and of its turns; gain: seconds that it might win."""
+
+    cost: float
+    gain: float
+
+    @property
+    def pays(self) -> bool:
+        return self.cost <= self.gain
+
+    def __str__(self) -> str:
+        return f"takes {seconds_text(self.cost)} to build and might win {seconds_text(self.gain)}"
+
+
+def _bid(name: str, first: Segment, once: float, steps: float, known: Mapping[str, Times]) -> _Bid:
+    """As it was measured, or else as is to be expected. once: seconds of a call by the first choice."""
+    turns = 2 * _FEWEST * once
+    if name in known:
+        return _Bid(known[name].build + turns, (once - known[name].call) * steps)
+    return _Bid(_PRIORS[name].build * len(first.plain.graph.nodes) + turns, _share(name, first) * once * steps)
+
+
+def _share(name: str, first: Segment) -> float:
+    """Of the time of the first choice, what a backend is expected to save."""
+    return max(_LEAST_GAIN, 1 - _PRIORS[name].share / _PRIORS[first.backend].share)
 
 
 def _recalled(
-    first: Segment, build: Callable[[str], Segment], names: Sequence[str], steps: float, known: Mapping[str, Times]
+    first: Segment,
+    build: Callable[[str], Segment],
+    steps: float,
+    known: Mapping[str, Times],
+    idle: str,
+    skipped: Sequence[str] = (),
 ) -> Segment:
-    """The same, where all was measured before."""
-    chosen = first
-    costs = {name: known[name].call * steps + known[name].build for name in names}
-    best = min(names, key=costs.__getitem__, default=first.backend)
-    if (
-        best in costs
-        and costs[best] < _CLEARLY * known[first.backend].call * steps
-        and _runs(rival := build(best), best)
-    ):
-        chosen = rival
-    figures = _figures({name: t.call for name, t in known.items()})
-    chosen.notes += (f"auto: {figures}, measured before; counted for {steps:.0f} steps, with the building",)
+    """The same by what was measured before. idle: what to say where nothing was."""
+    chosen, note = first, idle
+    if len(known) > 1:
+        costs = {name: times.call * steps + times.build for name, times in known.items() if name != first.backend}
+        best = min(costs, key=costs.__getitem__)
+        if costs[best] < _CLEARLY * known[first.backend].call * steps and _runs(rival := build(best), best):
+            chosen = rival
+        figures = _figures({name: t.call for name, t in known.items()})
+        note = f"{figures}, measured before; counted for {steps:.0f} steps, with the building"
+    chosen.notes += ("; ".join([f"auto: {note}", *skipped]),)
     return chosen
+
+
+def _why(segment: Segment) -> str | None:
+    return segment.uncompiled or segment.reason
 
 
 def _runs(segment: Segment, name: str) -> bool:
     return segment.reason is None and segment.runs_by == name
-
-
-def _build_time(name: str, first: Segment, known: Mapping[str, Times]) -> float:
-    return known[name].build if name in known else _PRIORS[name].build * len(first.plain.graph.nodes)
 
 
 def _medians(built: Sequence[Segment], inputs: Sequence[Any], budget: float) -> dict[str, float]:

@@ -120,7 +120,7 @@ class Builder:
         if segment.undecided and site.steps:
             names = [name for name in rivals(segment) if name != segment.backend]
             best = choose(segment, partial(self._by, site, None), names, site.native, site.steps, site.case, Timings())
-            segment.become(best)
+            segment.become(best.retimed())  # in turns, with few samples too
             segment.undecided = False
             self._decide(site.key, segment)
         elif segment.compiled and site.training and not segment.trained and segment.compiled_for(site.native) is None:

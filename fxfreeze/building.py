@@ -14,6 +14,7 @@ from fxfreeze.backends.compiled import Compiled, unrepeatable
 from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import graphs_on
 from fxfreeze.fidelity import INT8_BOUND, Recorder, bound_of, cut_like, largest_error, reference
+from fxfreeze.nans import swallowed_nan
 from fxfreeze.passes.fused_conv import onednn_conv
 from fxfreeze.randomness import RandomState, random_state_kept
 from fxfreeze.rehearsal import rehearsed
@@ -23,7 +24,7 @@ from fxfreeze.runtime import Segment, editable
 __all__ = ["DECIDED", "TRANSFORMED", "build"]
 
 DECIDED = "an earlier build decided so"
-TRANSFORMED = "a transform of torch.func runs the traced graph as it is"
+TRANSFORMED = "a transform of torch.func, or fake tensors, run the traced graph as it is"
 
 
 def build(
@@ -55,8 +56,7 @@ def build(
             segment.rewritten = graph
             if backend.compiler is not None:
                 segment.uncompiled = _compile(segment, graph, backend, given, (samples, expected))
-            fused = any(node.target is onednn_conv for node in graph.graph.nodes)
-            segment.swallows_nan = computation.device == "cpu" and (fused or bool(segment.compiled))
+            segment.swallows_nan = computation.device == "cpu" and (_fused(graph) or bool(segment.compiled))
             segment.graphs = graphs_on(computation.device) if segment.repeatable else None
     segment.seconds = time.perf_counter() - began
     return segment
@@ -78,6 +78,8 @@ def _rewrite(
             graph.meta["compute_dtype"] = computation.autocast
             graph.meta["laid_out"] = segment.start > 0  # what an earlier segment computed lies as it should
             segment.outcomes = run_passes(graph, backend.passes)
+            if _fused(graph) and (why := swallowed_nan(segment.plain)) is not None:
+                return why
             random.restore()
             with rehearsed(segment.whole):
                 outputs = graph.forward(*given)
@@ -93,6 +95,8 @@ def _compile(
 ) -> str | None:
     """Compile ``graph`` for inputs like ``given``; why that can't be used, or None."""
     assert backend.compiler is not None
+    if segment.computation.device == "cpu" and (why := swallowed_nan(segment.plain)) is not None:
+        return why
     if (why := unrepeatable(graph)) is not None or segment.whole:
         return why or f"it calls {type(segment.whole[0]).__name__}, which may do more than compute"
     uncompiled = segment.error, segment.bound
@@ -109,6 +113,11 @@ def _compile(
     else:
         segment.error, segment.bound = uncompiled
     return why
+
+
+def _fused(graph: GraphModule) -> bool:
+    """Whether activations are computed with oneDNN's convolutions."""
+    return any(node.target is onednn_conv for node in graph.graph.nodes)
 
 
 def _judge(segment: Segment, outputs: Sequence[Any], known: _Checked, bound: float | None = None) -> str | None:

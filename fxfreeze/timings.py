@@ -7,16 +7,17 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxfreeze.layouts import kind_of
 from fxfreeze.machine import chip
@@ -32,6 +33,10 @@ class Times(NamedTuple):
 
     call: float
     build: float
+
+    @property
+    def possible(self) -> bool:
+        return 0 < self.call < math.inf and 0 <= self.build < math.inf
 
 
 def default_path() -> Path | None:
@@ -80,7 +85,8 @@ class Timings:
             return {}
         try:
             cases = json.loads(self.path.read_text())
-            return {case: {name: Times(*map(float, t)) for name, t in known.items()} for case, known in cases.items()}
+            read = {case: {name: Times(*map(float, t)) for name, t in known.items()} for case, known in cases.items()}
+            return {case: {name: t for name, t in known.items() if t.possible} for case, known in read.items()}
         except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return {}  # none yet, or not ours: measured again
 
@@ -89,9 +95,18 @@ def case_of(graph: GraphModule, inputs: Sequence[Any], autocast: torch.dtype | N
     """The name of a case: a digest of all that its times depend on."""
     given = [(tuple(x.shape), str(kind_of(x))) if isinstance(x, Tensor) else repr(x) for x in inputs]
     layers = [str(graph.get_submodule(str(n.target))) for n in graph.graph.nodes if n.op == "call_module"]
-    held = [tuple(operator.attrgetter(str(n.target))(graph).shape) for n in graph.graph.nodes if n.op == "get_attr"]
-    text = json.dumps([str(graph.graph), layers, held, given, str(autocast), _machine(device)])
+    dtypes = [str(p.dtype) for n in graph.graph.nodes if n.op == "call_module" for p in _parameters(n, graph)]
+    held = [_held(operator.attrgetter(str(n.target))(graph)) for n in graph.graph.nodes if n.op == "get_attr"]
+    text = json.dumps([str(graph.graph), layers, dtypes, held, given, str(autocast), _machine(device)])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _parameters(node: Node, graph: GraphModule) -> Iterator[Tensor]:
+    return graph.get_submodule(str(node.target)).parameters()
+
+
+def _held(tensor: Tensor) -> tuple[tuple[int, ...], str]:
+    return tuple(tensor.shape), str(tensor.dtype)
 
 
 def _machine(device: torch.device) -> list[str]:

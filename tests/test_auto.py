@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from frozen import frozen_to, images, network, plain_graph
-from torch import nn
+from torch import Tensor, nn
 
 import fxfreeze
 from fxfreeze import FreezeOut, FreezeScheduler, Milestones, auto
@@ -21,7 +21,7 @@ from fxfreeze.computation import Computation
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.runtime import Segment
 from fxfreeze.schedule import until_next_freeze
-from fxfreeze.timings import Times, Timings
+from fxfreeze.timings import Times, Timings, case_of
 
 
 class Clock:
@@ -42,16 +42,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Timed(Segment):
-    """A segment that takes as long as it is told; ``after``: what the next operator takes longer for it."""
+    """A segment that takes as long as it is told; ``after``: what the next operator takes longer for it; ``fails_at``: the
+    call that drops what was compiled."""
 
-    def __init__(self, name: str, clock: Clock, seconds: float, build: float = 0.0, after: float = 0.0) -> None:
+    def __init__(
+        self, name: str, clock: Clock, seconds: float, build: float = 0.0, after: float = 0.0, fails_at: int = 0
+    ) -> None:
         super().__init__(0, 1, GRAPH, Computation("cpu", None))
         self.backend, self.seconds, self.took = name, build, seconds
-        self.clock, self.after, self.calls = clock, after, 0
+        self.clock, self.after, self.calls, self.fails_at = clock, after, 0, fails_at
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         self.clock.now += self.took
         self.calls += 1
+        if self.calls == self.fails_at:
+            self.uncompiled = "running it failed"
         Timed.last = self
         return inputs
 
@@ -121,7 +126,7 @@ def test_nothing_is_even_timed_for_a_few_steps(contest: Contest, clock: Clock) -
     """Where taking turns would cost more than there is to gain."""
     chosen, built = contest({"seconds": 1.0}, {"openvino": {"seconds": 0.1}}, steps=10)
     assert (chosen.backend, built, clock.now) == ("library", [], 0)
-    assert chosen.notes == ("auto: nothing tried for 10 steps",)
+    assert chosen.notes == ("auto: nothing tried, with 10 steps ahead",)
 
 
 def test_nothing_is_built_for_a_few_steps(contest: Contest) -> None:
@@ -186,6 +191,56 @@ def test_nothing_is_measured_twice(contest: Contest, timings: Timings) -> None:
     assert (chosen.backend, built) == ("library", [])
 
 
+def test_what_was_never_worth_measuring_is_no_reason_to_measure_the_rest_again(contest: Contest, clock: Clock) -> None:
+    """Inductor takes too long to build for so few steps, each time; what OpenVINO was seen to win decides."""
+    rivals = {"openvino": {"seconds": 0.5, "build": 2.0}, "inductor": {"seconds": 0.4, "build": 60.0}}
+    chosen, built = contest({"seconds": 1.0}, rivals, steps=100)
+    assert (chosen.backend, built) == ("openvino", ["openvino"])
+    before = clock.now
+    chosen, built = contest({"seconds": 1.0}, rivals, steps=100)
+    assert (chosen.backend, built, clock.now) == ("openvino", ["openvino"], before)
+    note = chosen.notes[0]
+    assert note.startswith(
+        "auto: openvino 510.0 ms, library 1.0 s, measured before; counted for 100 steps, with the building"
+    )
+    assert "; inductor takes " in note
+    chosen, built = contest({"seconds": 1.0}, rivals, steps=1e6)  # now it is worth it
+    assert (chosen.backend, built) == ("inductor", ["inductor", "openvino"])
+
+
+def test_what_lost_is_not_built_to_measure_another(contest: Contest) -> None:
+    rivals = {"openvino": {"seconds": 2.0}, "inductor": {"seconds": 0.4}}
+    contest({"seconds": 1.0}, {"openvino": rivals["openvino"]}, steps=1e6)
+    chosen, built = contest({"seconds": 1.0}, rivals, steps=1e6)
+    assert (chosen.backend, built) == ("inductor", ["inductor"])
+
+
+def test_what_can_t_be_built_is_no_reason_to_build_what_is_known(contest: Contest) -> None:
+    rivals = {"openvino": {"seconds": 0.5}, "inductor": {"seconds": 0.4, "broken": True}}
+    contest({"seconds": 1.0}, {"openvino": rivals["openvino"]}, steps=1e6)
+    chosen, built = contest({"seconds": 1.0}, rivals, steps=1e6)
+    assert (chosen.backend, built) == ("openvino", ["inductor", "openvino"])  # the one that was chosen
+    assert chosen.notes[0].endswith("with the building; inductor can't run it: no such operator")
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_what_fails_in_its_turns_is_neither_chosen_nor_remembered(
+    contest: Contest, timings: Timings, fails_at: int
+) -> None:
+    """What it took is the time of what ran in its place."""
+    rivals = {"openvino": {"seconds": 0.1, "fails_at": fails_at}, "inductor": {"seconds": 0.9}}
+    chosen, _ = contest({"seconds": 1.0}, rivals, steps=1e6)
+    assert chosen.backend == "inductor"
+    assert chosen.notes == ("auto: inductor 910.0 ms, library 1.0 s; openvino failed: running it failed",)
+    assert timings.get("case").keys() == {"inductor", "library"}
+
+
+def test_a_first_choice_that_fails_in_its_turns(contest: Contest, timings: Timings) -> None:
+    chosen, _ = contest({"seconds": 1.0, "fails_at": 5}, {"plain": {"seconds": 1.0}}, steps=1e6)
+    assert chosen.backend == "plain"
+    assert timings.get("case").keys() == {"plain"}
+
+
 def test_a_remembered_choice_that_can_t_be_built_any_more(contest: Contest) -> None:
     contest({"seconds": 1.0}, {"openvino": {"seconds": 0.5}}, steps=1e6)
     chosen, built = contest({"seconds": 1.0}, {"openvino": {"seconds": 0.5, "broken": True}}, steps=1e6)
@@ -215,6 +270,7 @@ def test_timings_of_several_processes(tmp_path: Path) -> None:
         "null",
         "[" * 10**5,
         f'{{"a": {{"plain": [{"9" * 400}, 1]}}}}',
+        '{"a": {"plain": [-1, 0.1], "library": [NaN, 1], "openvino": [1, Infinity], "inductor": [0, 1]}}',
     ],
 )
 def test_an_unreadable_file_is_measured_again(text: str, tmp_path: Path) -> None:
@@ -224,6 +280,25 @@ def test_an_unreadable_file_is_measured_again(text: str, tmp_path: Path) -> None
     assert timings.get("a") == {}
     timings.add("a", {"plain": Times(1.0, 0.5)})
     assert json.loads(path.read_text()) == {"a": {"plain": [1.0, 0.5]}}
+
+
+class Table(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.ones(5, 3, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows[x]
+
+
+@pytest.mark.parametrize("make", [lambda dtype: nn.Sequential(nn.Embedding(5, 3, dtype=dtype)), Table])
+def test_a_case_is_of_one_dtype(make: Callable[[torch.dtype], nn.Module]) -> None:
+    """Of the weights, where the inputs are indices."""
+    x = torch.tensor([1, 2, 3])
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    cases = [case_of(plain_graph(make(dtype), x), [x], None, torch.device("cpu")) for dtype in dtypes]
+    assert len(set(cases)) == 3
+    assert cases[0] == cases[3]
 
 
 def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +359,15 @@ def test_a_validation_batch_decides_nothing(tried: list[str]) -> None:
     assert len(scheduler.state_dict()["decisions"]["segments"]) == 1
     model(images())
     assert tried == ["inductor"]
+
+
+def test_turns_are_not_calls_that_training_made(tried: list[str]) -> None:
+    """They had few samples too."""
+    model, _, _ = trained(network())
+    model(images())
+    (segment,) = model.prefix.segments
+    assert any("inductor " in note and "library " in note for note in segment.notes)
+    assert segment.times.median is None
 
 
 def test_what_was_decided_serves_validation_too(tried: list[str]) -> None:
