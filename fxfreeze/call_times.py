@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxfreeze.rows import batch_size
+
 __all__ = ["CallTimes"]
 
 _KEPT = 5
@@ -21,12 +23,13 @@ _Function = Callable[[Sequence[Any]], T]
 
 
 class CallTimes:
-    """Of calls number 3, 5, 9, 17, ... on a type of device, the last few. Calls 2, 4, 8, ... may do more (``Audit``)."""
+    """Of calls number 3, 5, 9, 17, ... on a type of device, the last few."""
 
     def __init__(self, device: str):
         self._device = device
         self._calls = 0
-        self._timed: deque[Callable[[], float | None]] = deque(maxlen=_KEPT)  # seconds, once they are known
+        # Of each how many samples it had, and its seconds, once they are known.
+        self._timed: deque[tuple[int | None, Callable[[], float | None]]] = deque(maxlen=_KEPT)
 
     def call(self, function: _Function[T], inputs: Sequence[Any]) -> T:
         """What ``function`` makes of ``inputs``."""
@@ -40,10 +43,14 @@ class CallTimes:
             return function(inputs) if capturing else self._by_events(function, inputs)
 
     @property
-    def seconds(self) -> float | None:
-        """The median of the calls that were timed and have ended; None where none has."""
-        known = [seconds for read in self._timed if (seconds := read()) is not None]
-        return statistics.median(known) if known else None
+    def median(self) -> tuple[float, int | None] | None:
+        """Seconds, and of how many samples: of the calls with as many as the last of those that were timed and have ended;
+        None where none has."""
+        ended = [(seconds, size) for size, read in self._timed.copy() if (seconds := read()) is not None]
+        if not ended:
+            return None
+        last = ended[-1][1]
+        return statistics.median(seconds for seconds, size in ended if size == last), last
 
     def _due(self) -> bool:
         """Whether this call is one of those. Counts it."""
@@ -55,7 +62,7 @@ class CallTimes:
         began = time.perf_counter()
         result = function(inputs)
         took = time.perf_counter() - began
-        self._timed.append(lambda: took)
+        self._timed.append((batch_size(inputs), lambda: took))
         return result
 
     def _by_events(self, function: _Function[T], inputs: Sequence[Any]) -> T:
@@ -67,5 +74,5 @@ class CallTimes:
         def read() -> float | None:
             return began.elapsed_time(ended) / 1e3 if ended.query() else None  # type: ignore[no-untyped-call]
 
-        self._timed.append(read)
+        self._timed.append((batch_size(inputs), read))
         return result

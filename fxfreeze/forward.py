@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from fxfreeze.chain import Chain
 from fxfreeze.derived import Derived
 from fxfreeze.inputs import TraceRefusal
-from fxfreeze.rows import batch_size, like, merged, repeated, resized, take
+from fxfreeze.rows import batch_size, like, merged, repeated, resized, take, with_halves
 from fxfreeze.rowwise import NotRowwise, Undecided
 from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
 from fxfreeze.surgery import Given, Plan, Surgery, plan_key
 
 __all__ = ["Forward"]
-
-_WITNESSES = 4
 
 
 class Forward:
@@ -35,7 +33,6 @@ class Forward:
         self.batch_size = 0
         self.compiled = False
         self._taps: list[weakref.ref[Tap]] = []
-        self._witnesses: list[Tensor] = []  # some samples, by which to tell what a batch of one does not
 
     def attach(self, tap: Tap) -> None:
         """Let ``tap`` see every call from now on, as long as it lives."""
@@ -77,8 +74,6 @@ class Forward:
         count = batch_size(tensors) or 0
         grows = 0 < self.batch_size < count
         self.batch_size = max(self.batch_size, count)
-        if not self._witnesses and count > 1:
-            self._witnesses = [t[:_WITNESSES].detach().clone() for t in tensors]
         return grows
 
     @property
@@ -134,16 +129,22 @@ class Forward:
         return self.training or (chain.computation.quantized and self.batch_size > 0)
 
     def _pads(self, chain: Chain, tensors: Sequence[Tensor]) -> bool:
-        """Whether a batch can be computed with other samples, or in pieces, and nothing else notices."""
-        for samples in (tensors, self._witnesses):
+        """Whether a batch can be computed with other samples, or in pieces, and nothing else notices.
+
+        What a batch of one does not tell, it does with another sample made of that one, and not with one met earlier: a
+        resumed run, which met none, must come to the same.
+        """
+        frontier = chain.frontier(chain.depth)
+        try:
+            frontier.rows(repeated(tensors, self.batch_size))
+        except Undecided:
             try:
-                chain.frontier(chain.depth).rows(repeated(samples, self.batch_size))
-                return True
-            except Undecided:
-                continue
-            except NotRowwise:
+                frontier.rows(repeated(with_halves(tensors), self.batch_size))
+            except Exception:  # noqa: BLE001 - a forward may raise anything for a sample that nobody would give it
                 return False
-        return False
+        except NotRowwise:
+            return False
+        return True
 
     def _stored(self, call: "_Call", plan: Plan, batch: StoredBatch) -> tuple[Any, ...] | None:
         """From what is stored of a batch."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 __all__ = ["Kind", "Layouts", "has_storage", "is_transformed", "kind_of", "order_of"]
 
@@ -29,9 +30,10 @@ def has_storage(tensor: Tensor) -> bool:
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func (grad, vmap) made it, to stand for one of another shape or with a tape."""
-    # While Dynamo traces, which can't trace this, it traces plain tensors.
-    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    """Whether a transform of torch.func (grad, vmap) made it, to stand for one of another shape or with a tape; or fake."""
+    if torch.compiler.is_compiling():
+        return False  # Dynamo can't trace this, and traces plain tensors
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor)) or is_fake(tensor)
 
 
 class Kind(NamedTuple):

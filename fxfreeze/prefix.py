@@ -49,16 +49,22 @@ def describe(segment: Segment) -> str:
     state = f"unrewritten: {segment.reason}" if segment.reason else "rewritten"
     if segment.compiled:
         state = f"compiled for {' and for '.join(map(str, segment.compiled))}"
-    took = segment.times.seconds
-    call = "no call timed yet" if took is None else f"{seconds_text(took)} a call"
     head = (
         f"segment {segment.start}-{segment.end}: backend {segment.backend}, {operators} operators "
-        f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {seconds_text(segment.seconds)}, {call}"
+        f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {seconds_text(segment.seconds)}, "
+        f"{_took(segment)}"
     )
     uncompiled = [] if segment.uncompiled is None else [f"  not compiled: {segment.uncompiled}"]
     launched = [f"  {segment.graphs}"] if segment.graphs is not None and str(segment.graphs) else []
     notes = [f"  {note}" for note in segment.notes]
     return "\n".join([head, *_lines(segment.outcomes), *uncompiled, *launched, *notes])
+
+
+def _took(segment: Segment) -> str:
+    if (median := segment.times.median) is None:
+        return "no call timed yet"
+    seconds, samples = median
+    return f"{seconds_text(seconds)} a call" + ("" if samples is None else f" of {samples} samples")
 
 
 def _float_dtype(segment: Segment) -> str:

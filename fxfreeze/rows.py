@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxfreeze.layouts import order_of
 
-__all__ = ["batch_size", "contiguous_rows", "in_order", "like", "merged", "repeated", "resized", "take"]
+__all__ = ["batch_size", "contiguous_rows", "in_order", "like", "merged", "repeated", "resized", "take", "with_halves"]
 
 Order = tuple[int, ...] | None
 
@@ -66,6 +66,16 @@ def repeated(values: Sequence[Any], size: int) -> Sequence[Any]:
         return values
     samples = torch.arange(size) % count
     return [take(value, samples) if isinstance(value, Tensor) else value for value in values]
+
+
+def with_halves(values: Sequence[Any]) -> Sequence[Any]:
+    """A batch with as many other samples: of half the value, so that an index stays one."""
+    return [torch.cat([v, v if v.dtype == torch.bool else _half(v)]) if isinstance(v, Tensor) else v for v in values]
+
+
+def _half(tensor: Tensor) -> Tensor:
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return torch.div(tensor, 2, rounding_mode="floor") if whole else tensor / 2
 
 
 def merged(size: int, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

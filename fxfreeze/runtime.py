@@ -16,7 +16,7 @@ from fxfreeze.computation import Computation
 from fxfreeze.cuda_graphs import CudaGraphs
 from fxfreeze.fidelity import reference
 from fxfreeze.layouts import Layouts, is_transformed
-from fxfreeze.observers import has_tangents
+from fxfreeze.observers import has_tangents, observed
 from fxfreeze.randomness import random_state_kept
 from fxfreeze.rehearsal import kept_whole
 from fxfreeze.rewrite import Outcome
@@ -84,28 +84,33 @@ class Segment:
     def native(self, *inputs: Any) -> tuple[Any, ...]:
         """The same in the dtypes and layouts that it computes in, which a next segment goes on from."""
         with torch.no_grad():
-            return self.times.call(self._native, inputs)
+            outputs, compiled = self.times.call(self._native, inputs)
+            return self._audited(outputs, inputs) if compiled else outputs
 
-    def _native(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    def retimed(self) -> "Segment":
+        """Itself, once what calls took so far, which were not training's or of what ran before, is forgotten."""
+        self.times = CallTimes(self.computation.device)
+        return self
+
+    def _native(self, inputs: Sequence[Any]) -> tuple[tuple[Any, ...], bool]:
+        """The outputs, and whether they are of compiled code."""
         if has_tangents() or (self.swallows_nan and not _finite(inputs)):
-            return tuple(self.plain.forward(*inputs))
+            return tuple(self.plain.forward(*inputs)), False
         if (compiled := self.compiled_for(inputs)) is not None:
             try:
-                outputs = self._run(compiled, inputs)
+                return self._run(compiled, inputs), True
             except Exception as error:  # noqa: BLE001 - whatever a compiler's code raises, the graph can do the same
                 self._drop("compiled", _failure(error), "It runs uncompiled")
-            else:
-                return self._audited(outputs, inputs)
         if self.rewritten is not None:
             try:
-                return self._run(self.rewritten.forward, inputs)
+                return self._run(self.rewritten.forward, inputs), False
             except Exception as error:
                 if not self.repeatable:
                     raise
                 outputs = tuple(self.plain.forward(*inputs))  # raises where the original would
                 self._drop("rewritten", _failure(error), "The plain graph runs instead")
-                return outputs
-        return tuple(self.plain.forward(*inputs))
+                return outputs, False
+        return tuple(self.plain.forward(*inputs)), False
 
     def _audited(self, outputs: tuple[Any, ...], inputs: Sequence[Any]) -> tuple[Any, ...]:
         """``outputs`` of compiled code, or what they should have been where they are found wrong."""
@@ -134,7 +139,7 @@ class Segment:
 
     def _drop(self, what: str, reason: str, instead: str) -> None:
         self.graphs = self.audit = None
-        self.times = CallTimes(self.computation.device)  # those so far are of what ran before
+        self.retimed()
         if self.compiled:
             self.compiled, self.uncompiled = (), reason
         if what == "rewritten":
@@ -148,9 +153,12 @@ def _failure(error: Exception) -> str:
 
 
 def _finite(inputs: Sequence[Any]) -> bool:
-    """Whether the sums of all inputs are; not asked while Dynamo traces, which can't go by values."""
+    """Whether the sums of all inputs are, as far as can be told: not by what follows operators, which may have no values, but
+    Dynamo is told that they are."""
     if torch.compiler.is_compiling():
         return True
+    if observed():
+        return False
     numbers = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided]
     return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in numbers if not is_transformed(t))
 

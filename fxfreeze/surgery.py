@@ -25,6 +25,7 @@ from fxfreeze.effects import Memory
 from fxfreeze.inputs import BAKED, TraceRefusal, flatten_inputs
 from fxfreeze.layouts import has_storage, kind_of
 from fxfreeze.likeness import same_constants, signature
+from fxfreeze.observers import unobserved
 from fxfreeze.prefix import Prefix
 from fxfreeze.readings import Readings
 from fxfreeze.runtime import Segment
@@ -179,6 +180,7 @@ class Surgery:
         self.prefix = prefix
         prefix.build_seconds = self.seconds
 
+    @unobserved()
     def _make(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Given | None) -> Plan:
         inputs, tensors = flatten_inputs(self.net, args, kwargs)
         traced = trace(self.net, inputs, tensors)
@@ -225,6 +227,7 @@ class Surgery:
                 f"that forward looks at: make what changes from call to call a tensor, as an input or a buffer"
             )
 
+    @unobserved()
     def _segment(
         self,
         span: Span,

@@ -1,6 +1,7 @@
 """Stopping at any step and going on from the saved states is, bit for bit on CPU, not having stopped."""
 
 import contextlib
+import copy
 import io
 import itertools
 from typing import Any
@@ -9,10 +10,16 @@ import pytest
 import torch
 from cases import CASES
 from families import FAMILIES
+from frozen import network
 from nets import settle
 from reference import ADAM, SGD, STEPS, Run
 from test_trajectory import bf16, lstm_in_bf16, parts_kept_whole
-from torch import Tensor
+from torch import Tensor, nn
+
+import fxfreeze
+from fxfreeze import FreezeScheduler, Milestones
+from fxfreeze.rows import with_halves
+from fxfreeze.runtime import Segment
 
 # convolutions folded, scaled and shifted, a shape-bound trace, dropout, tuples that cross, a part kept whole
 NAMES = ("functional_dropout", "norm_after_concat", "position_embedding", "unet", "recurrent", "hooked", "densenet-bc")
@@ -71,3 +78,49 @@ def test_resuming_is_not_having_stopped(name: str, optimise: Any, context: Any) 
             for number, state in go_on(run, range(stop, STEPS), context).items():
                 different = [name for name, t in state.items() if not torch.equal(t, straight[number][name])]
                 assert not different, f"stopped at {stop}, after step {number}"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_resuming_before_a_batch_of_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed with as many samples as the others were, though the resumed run has met none of these."""
+    batches = [torch.randn(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed)) for n in (16, 16, 1, 16)]
+
+    def fresh() -> tuple[nn.Module, torch.optim.Optimizer, FreezeScheduler]:
+        torch.manual_seed(seed)
+        model = fxfreeze.compile(network(), Milestones({"blocks.1": 1}), backend="plain")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        return model, optimizer, FreezeScheduler(optimizer, model)
+
+    def train(run: tuple[nn.Module, torch.optim.Optimizer, FreezeScheduler], some: list[Tensor]) -> list[Tensor]:
+        model, optimizer, scheduler = run
+        outputs = []
+        for x in some:
+            outputs.append(model(x))
+            outputs[-1].square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        return outputs
+
+    sizes = []
+    native = Segment.native
+    monkeypatch.setattr(Segment, "native", lambda self, x: sizes.append(len(x)) or native(self, x))
+    straight, again = fresh(), fresh()
+    train(straight, batches[:2])
+    states = copy.deepcopy([part.state_dict() for part in straight])
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    for a, b in zip(train(straight, batches[2:]), train(again, batches[2:]), strict=True):
+        assert torch.equal(a, b)
+    assert sizes == [16] * 5
+
+
+def test_another_sample_of_half_the_value() -> None:
+    """An index stays one, whatever its column."""
+    x, mask = torch.tensor([[1, 7, 0]]), torch.tensor([[True, False, True]])
+    given = [x, x.float(), mask, "a setting"]
+    numbers, floats, same, setting = with_halves(given)
+    assert numbers.tolist() == [[1, 7, 0], [0, 3, 0]]
+    assert numbers.dtype == torch.int64
+    assert floats.tolist() == [[1, 7, 0], [0.5, 3.5, 0]]
+    assert (same.tolist(), setting) == ([[True, False, True]] * 2, "a setting")

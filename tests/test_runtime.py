@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import fxfreeze.surgery
 from fxfreeze import Milestones
+from fxfreeze.audit import Audit
+from fxfreeze.backends.compiled import Compiled, kinds_of
 from fxfreeze.fidelity import BOUNDS, relative_error
 from fxfreeze.passes import PASSES
 
@@ -289,7 +291,7 @@ def test_printed() -> None:
     assert re.search(figures + r"error \d\.\de-\d\d \(bound 1e-04\), built in [\d.]+ m?s, no call timed yet", text)
     for _ in range(4):
         model(images(6))
-    assert re.search(r"built in [\d.]+ m?s, [\d.]+ [mu]?s a call\n", str(model.prefix))
+    assert re.search(r"built in [\d.]+ m?s, [\d.]+ [mu]?s a call of 6 samples\n", str(model.prefix))
     assert "fold_batchnorm: 3 folded (stem.1, blocks.0.1, blocks.1.1)" in text
     assert model.prefix.build_seconds > 0
     seconds = model.prefix.build_seconds
@@ -303,3 +305,21 @@ def test_nothing_is_warned_of_when_all_is_well() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frozen_to("blocks.1", network())(images(6))
+
+
+def test_a_later_look_at_compiled_code_is_not_in_the_time_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    class Look(Audit):
+        def due(self) -> bool:
+            now[0] += 100
+            return False
+
+    segment = frozen(network(), x := images(6), passes=PASSES["plain"])
+    assert segment.rewritten is not None
+    segment.compiled, segment.audit = (Compiled(segment.rewritten.forward, kinds_of([x])),), Look(0.1)
+    monkeypatch.setattr("fxfreeze.call_times.time.perf_counter", lambda: now[0])
+    for _ in range(5):
+        segment(x)
+    assert now == [500]
+    assert segment.times.median == (0, 6)

@@ -2,14 +2,20 @@
 
 import copy
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from frozen import frozen_to, images, network
 from parity import compare, freezable, freeze_by_hand, settle
 from split_cases import D, Net, conv, image
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
+from fxfreeze.backends import is_here
 from fxfreeze.building import TRANSFORMED
 
 
@@ -89,6 +95,56 @@ def test_vmap_runs_the_traced_graph_and_decides_nothing_for_other_calls(transfor
     assert [s.reason for s in model.prefix.segments] == [None]
     torch.testing.assert_close(torch.vmap(model)(groups), torch.vmap(net)(groups))
     assert [s.reason for s in model.prefix.segments] == [TRANSFORMED]
+
+
+def _followed(how: str, model: nn.Module, x: Tensor) -> Tensor:
+    """What the model makes of x, once something else has followed its operators on another batch."""
+    if how == "make_fx":
+        return make_fx(model)(x + 1)(x)
+    if how == "fake":
+        return make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(x + 1)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(model, x + 1, check_trace=False)(x)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.parametrize("backend", ["plain", "library", "openvino"])
+@pytest.mark.parametrize("how", ["make_fx", "fake", "jit"])
+def test_what_follows_operators_gets_them_and_decides_nothing(how: str, backend: str, calls: int) -> None:
+    if not is_here(backend):
+        pytest.skip(f"{backend} is not installed")
+    net = network().eval()
+    model = frozen_to("blocks.1", copy.deepcopy(net), backend=backend).eval()
+    x = images(6)
+    for _ in range(calls):
+        model(x)
+    torch.testing.assert_close(_followed(how, model, x), net(x))
+    torch.testing.assert_close(model(x), net(x))
+    (segment,) = model.prefix.segments
+    assert (segment.reason, segment.runs_by) == (None, backend)
+
+
+def test_fake_tensors() -> None:
+    net = network().eval()
+    model = frozen_to("blocks.1", net, backend="library").eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(images(6))).shape == net(images(6)).shape
+    model(images(6))
+    assert [s.reason for s in model.prefix.segments] == [None]
+
+
+def test_a_build_is_not_counted() -> None:
+    """FLOPs of a call are those of the network, its first call's too."""
+    net = network().eval()
+    model = frozen_to("blocks.1", copy.deepcopy(net), backend="library").eval()
+    counts = []
+    for module in (net, model, model):
+        with FlopCounterMode(display=False) as counter:
+            module(images(6))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_vmap_over_two_inputs() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fxfreeze.cache.columns import Column
+from fxfreeze.cache.columns import Blob, Column
 from fxfreeze.cache.gather import copy_rows
 from fxfreeze.cache.memory import tensor_bytes
 from fxfreeze.cache.store import Store
@@ -27,19 +27,17 @@ class Resident:
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self.tier = "ram" if device.type == "cpu" else "device"
-        self._values: dict[str, Any] = {}
+        self._values: dict[str, Any] = {column.name: _empty(column, store.length, device) for column in store.columns}
+        here = {name: value for name, value in self._values.items() if isinstance(value, Tensor) and value.is_cpu}
         for start in range(0, store.length, _ROWS):
             rows = range(start, min(start + _ROWS, store.length))
-            for name, value in store.read(rows).items():
-                if not isinstance(value, Tensor):
-                    self._values.setdefault(name, []).extend(value)
-                    continue
-                where = device if name.startswith("boundary.") else torch.device("cpu")
-                held = self._values.get(name)
-                if held is None:
-                    held = torch.empty((store.length, *value.shape[1:]), dtype=value.dtype, device=where)
-                    self._values[name] = held
-                held[rows.start : rows.stop] = value
+            read = store.read(rows, out={name: value[rows.start : rows.stop] for name, value in here.items()})
+            for name in read.keys() - here.keys():
+                held, value = self._values[name], read[name]
+                if isinstance(held, Tensor):
+                    held[rows.start : rows.stop] = value
+                else:
+                    held.extend(value)
 
     def read(self, keys: Tensor, out: dict[str, Tensor]) -> dict[str, Any]:
         """As Store.read; of ``out`` only what is in RAM is filled."""
@@ -55,6 +53,13 @@ class Resident:
                 # Not by torch: the threads that it would start beside those of training are worse than one.
                 copy_rows([key * width for key in keys.tolist()], width, tensor_bytes(value), tensor_bytes(target))
         return read
+
+
+def _empty(column: Column | Blob, length: int, device: torch.device) -> Tensor | list[bytes]:
+    if isinstance(column, Blob):
+        return []
+    where = device if column.name.startswith("boundary.") else torch.device("cpu")
+    return torch.empty((length, *column.shape), dtype=column.dtype, device=where)
 
 
 class Placement:
