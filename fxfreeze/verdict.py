@@ -11,6 +11,8 @@ from fxfreeze.recipes import INT8, SHORTS
 # Student's t for a two-sided 95% interval, by degrees of freedom; beyond these the last serves, on the careful side.
 T_95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
+BELIEVED = 1.25  # times its own time, or less, that the same code may take once more
+
 # Each freezing row and the rival that has as much time, the one that matters most first.
 PAIRS = tuple((row, short) for short, row in reversed(SHORTS.items()))
 
@@ -70,6 +72,8 @@ def verdict(trials: Sequence[Trial]) -> str:
     whole = finished(trials)
     if not whole:
         return "Stopped before the end: the rows stand at different points of their training, so nothing is concluded."
+    if said := untold(whole):
+        return said
     sentences = [sentence for sentence in (cost(whole), accuracy(whole)) if sentence]
     if not sentences:
         ours, rival = PAIRS[0]
@@ -79,6 +83,17 @@ def verdict(trials: Sequence[Trial]) -> str:
             f"Stopped before the end: of {len(trials)} seeds, the {len(whole)} that came to it are counted."
         )
     return " ".join(sentences)
+
+
+def untold(trials: Sequence[Trial]) -> str:
+    """That the machine was too busy for any time to be believed; nothing where it was not."""
+    ratios = [trial.identical for trial in trials if trial.identical is not None]
+    if not ratios or 1 / BELIEVED <= statistics.geometric_mean(ratios) <= BELIEVED:
+        return ""
+    return (
+        f"Nothing is concluded: plain's steps took {average(ratios).show('.2f')}x their own time once more, so the machine was "
+        f"too busy to tell times, nor what is equal time. Run it again on a quiet one."
+    )
 
 
 def cost(trials: Sequence[Trial]) -> str:
@@ -98,11 +113,18 @@ def cost(trials: Sequence[Trial]) -> str:
         }.items()
         if name in rows and name != ours and not (name == "freezeout" and "by-hand" in rows)
     }
+    if not any(_may_have_read(trial.rows[ours]) for trial in trials):
+        rivals.pop("fxfreeze", None)  # the cache did nothing
     shares = [
         f"{ratio(trials, ours, name).show('.2f')}x {'that' if i else 'the time'} of {words}"
         for i, (name, words) in enumerate(rivals.items())
     ]
     return f"{ours} took {_listed(shares)}." if shares else ""
+
+
+def _may_have_read(row: Row) -> bool:
+    """Whether any of its samples came from what was stored, as far as is known."""
+    return row.cache is None or any(epoch["samples"].keys() - {"forward"} for epoch in row.cache.epochs)
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
 """What the figures say: better, tied or lost, and how far that carries."""
 
 import pytest
-from rows import make_cached_trial, make_row, make_trial
+from rows import make_cache, make_cached_trial, make_row, make_traffic, make_trial
 
+from fxfreeze.cached import CacheRecord
 from fxfreeze.compare import Trial
 from fxfreeze.verdict import average, caution, summarise, verdict
 
@@ -85,6 +86,22 @@ def test_nothing_is_concluded_from_a_comparison_that_was_stopped() -> None:
     assert caution([make_trial(0), stopped]) == caution([make_trial(0)])
 
 
+@pytest.mark.parametrize(
+    ("identical", "told"),
+    [([0.32], False), ([1.4], False), ([1.2], True), ([0.81, None], True), ([0.5, 2.0], True), ([1.5, 1.3], False)],
+)
+def test_nothing_is_concluded_on_a_machine_that_was_too_busy(identical: list[float | None], told: bool) -> None:
+    """The same code, timed twice, must take about as long."""
+    trials = [make_trial(seed) for seed in range(len(identical))]
+    for trial, value in zip(trials, identical, strict=True):
+        trial.identical = value
+    if told:
+        assert verdict(trials).startswith("fxfreeze took 0.80")
+    else:
+        assert verdict(trials).startswith("Nothing is concluded: plain's steps took ")
+        assert "fxfreeze" not in verdict(trials)
+
+
 def test_verdict_of_other_rows() -> None:
     trial = make_trial()
     del trial.rows["plain-short"]
@@ -108,6 +125,14 @@ def test_verdict_of_the_cached_row_gives_all_costs() -> None:
         "fxfreeze+cache took 0.50x the time of fxfreeze without the cache, 0.40x that of the same schedule without surgery "
         "and 0.20x that of plain training. Freezing gained nothing in this one run: "
     )
+
+
+def test_a_cache_that_served_nothing_gained_nothing() -> None:
+    trial = make_cached_trial()
+    trial.rows["fxfreeze+cache"].cache = CacheRecord([], [make_traffic(forward=1000), make_traffic(forward=1000)])
+    assert verdict([trial]).startswith("fxfreeze+cache took 0.40x the time of the same schedule without surgery and")
+    trial.rows["fxfreeze+cache"].cache = make_cache()
+    assert verdict([trial]).startswith("fxfreeze+cache took 0.50x the time of fxfreeze without the cache")
 
 
 def test_verdict_is_about_the_cached_pair_where_it_ran() -> None:
