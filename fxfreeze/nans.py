@@ -25,8 +25,12 @@ _SWALLOWING = frozenset(
 def swallowed_nan(graph: GraphModule) -> str | None:
     """What would make a number of a NaN, and what may make that of finite numbers, other than by overflow; None if nothing."""
     made_by: dict[Node, Node] = {}  # of what may hold a NaN
+    fixed: set[Node] = set()
     for node in graph.graph.nodes:
         name = _name(node, graph)
+        if _is_fixed(node, name, fixed):
+            fixed.add(node)
+            continue
         maker = next((made_by[n] for n in node.all_input_nodes if n in made_by), None)
         if maker is not None and name in _SWALLOWING:
             return f"{node.name} would make a number of a NaN, which {maker.name} may make of finite numbers"
@@ -46,6 +50,15 @@ def _makes(node: Node, name: str) -> bool:
     if not isinstance(by, (int, float)):
         return True
     return by == 0 if name in _DIVIDING else by < 0 or by != int(by)
+
+
+def _is_fixed(node: Node, name: str, fixed: set[Node]) -> bool:
+    """Whether it is of weights and shapes alone, which were as they are when the graph was checked."""
+    if node.op == "get_attr" or name in ("size", "dim", "numel", "nelement"):
+        return True
+    if name == "getattr" and node.args[1] in ("shape", "ndim"):
+        return True
+    return bool(node.all_input_nodes) and fixed.issuperset(node.all_input_nodes)
 
 
 def _given_infinity(node: Node) -> bool:

@@ -59,6 +59,8 @@ NOT_MADE: dict[str, Forward] = {
     "floor": lambda net, x: net.relu(net.conv(torch.div(x, 2, rounding_mode="floor"))),
     "softmax": lambda net, x: net.relu(net.conv(x.softmax(-1))),
     "attention": lambda net, x: net.relu(net.conv(F.scaled_dot_product_attention(x, x, x))),
+    "of sizes": lambda net, x: net.relu(net.conv(x.view(x.size(0), 3, x.shape[2], x.size(2) * x.size(3) // x.size(2)))),
+    "of weights": lambda net, x: F.conv2d(x, net.conv.weight / net.conv.weight.norm()).relu(),
     "after": lambda net, x: net.relu(net.conv(x)).add(1).log(),
     "beside": lambda net, x: net.relu(net.conv(x)) + net.conv(x.log()),
     "no relu": lambda net, x: F.silu(net.conv(x.log())),
