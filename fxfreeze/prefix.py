@@ -50,7 +50,7 @@ def describe(segment: Segment) -> str:
     if segment.compiled:
         state = f"compiled for {' and for '.join(map(str, segment.compiled))}"
     head = (
-        f"segment {segment.start}-{segment.end}: backend {segment.backend}, {operators} operators "
+        f"segment {segment.start}-{segment.end}: backend {segment.backend}, {operators} operator{'s' * (operators != 1)} "
         f"({_calls(segment.plain)} traced), {dtype}, {state}, {check}, built in {seconds_text(segment.seconds)}, "
         f"{_took(segment)}"
     )
