@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from fxfreeze.chain import Chain
 from fxfreeze.derived import Derived
 from fxfreeze.inputs import TraceRefusal
-from fxfreeze.rows import batch_size, like, merged, repeated, resized, take, with_halves
+from fxfreeze.rows import batch_size, like, merged, repeated, resized, take, with_another
 from fxfreeze.rowwise import NotRowwise, Undecided
 from fxfreeze.stored import Boundary, Fill, Part, StoredBatch, Tap, stored_batch
 from fxfreeze.surgery import Given, Plan, Surgery, plan_key
 
 __all__ = ["Forward"]
+
+_WITNESSES = 4
 
 
 class Forward:
@@ -25,13 +27,14 @@ class Forward:
 
     batch_size: the most samples that a training step has had. The prefix computes a smaller batch with as many, its first
     sample repeated: rows of small batches differ in the last bits, and a stored row must be what any step would compute.
-    compiled: whether a call ran under torch.compile.
+    compiled: whether a call ran under torch.compile; witnesses: some samples, by which to tell what a batch of one does not.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.batch_size = 0
         self.compiled = False
+        self.witnesses: list[Tensor] = []
         self._taps: list[weakref.ref[Tap]] = []
 
     def attach(self, tap: Tap) -> None:
@@ -74,6 +77,8 @@ class Forward:
         count = batch_size(tensors) or 0
         grows = 0 < self.batch_size < count
         self.batch_size = max(self.batch_size, count)
+        if not self.witnesses and count > 1:
+            self.witnesses = [t[:_WITNESSES].detach().clone() for t in tensors]
         return grows
 
     @property
@@ -131,20 +136,18 @@ class Forward:
     def _pads(self, chain: Chain, tensors: Sequence[Tensor]) -> bool:
         """Whether a batch can be computed with other samples, or in pieces, and nothing else notices.
 
-        What a batch of one does not tell, it does with another sample made of that one, and not with one met earlier: a
-        resumed run, which met none, must come to the same.
+        What a batch of one does not tell, samples met earlier do; a resumed run has met none, and makes one of that one.
         """
         frontier = chain.frontier(chain.depth)
-        try:
-            frontier.rows(repeated(tensors, self.batch_size))
-        except Undecided:
+        for samples in (tensors, *([self.witnesses] if self.witnesses else [])):
             try:
-                frontier.rows(repeated(with_halves(tensors), self.batch_size))
-            except Exception:  # noqa: BLE001 - a forward may raise anything for a sample that nobody would give it
+                frontier.rows(repeated(samples, self.batch_size))
+                return True
+            except Undecided:
+                continue
+            except NotRowwise:
                 return False
-        except NotRowwise:
-            return False
-        return True
+        return frontier.tells(repeated(with_another(tensors), self.batch_size))
 
     def _stored(self, call: "_Call", plan: Plan, batch: StoredBatch) -> tuple[Any, ...] | None:
         """From what is stored of a batch."""

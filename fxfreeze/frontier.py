@@ -50,6 +50,15 @@ class Frontier:
             raise self._rows.with_traceback(None)
         return self._rows
 
+    def tells(self, inputs: Sequence[Any]) -> bool:
+        """Whether inputs that nobody gave show which values hold rows. That they do not shows nothing."""
+        if self._rows is None:
+            try:
+                self._rows = find_rows(self.plain, self.names, inputs, self.whole)
+            except Exception:  # noqa: BLE001 - a forward may raise anything for a sample that nobody would give it
+                return False
+        return not isinstance(self._rows, NotRowwise)
+
     def completed(self, rows: Sequence[Tensor], inputs: Sequence[Any]) -> list[Any]:
         """All values, from those that hold rows; ``inputs``: of a call with as many samples, whichever they are.
 

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from fxfreeze.layouts import order_of
 
-__all__ = ["batch_size", "contiguous_rows", "in_order", "like", "merged", "repeated", "resized", "take", "with_halves"]
+__all__ = [
+    "batch_size",
+    "contiguous_rows",
+    "in_order",
+    "like",
+    "merged",
+    "movable",
+    "repeated",
+    "resized",
+    "take",
+    "with_another",
+]
 
 Order = tuple[int, ...] | None
 
@@ -49,6 +60,16 @@ def take(tensor: Tensor, samples: Tensor) -> Tensor:
     return in_order(rows.index_select(0, samples.to(rows.device)), order)
 
 
+_OF_A_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype that PyTorch can index, where it can't those of uint16 and the like, or of float8."""
+    unsigned = tensor.dtype in (torch.uint16, torch.uint32, torch.uint64)
+    small = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+    return tensor.view(_OF_A_WIDTH[tensor.dtype.itemsize]) if unsigned or small else tensor
+
+
 def resized(values: Sequence[Any], size: int) -> Sequence[Any]:
     """A batch cut, or its first sample repeated, to have ``size``: every value stays one that the network knows."""
     count = batch_size(values)
@@ -68,14 +89,17 @@ def repeated(values: Sequence[Any], size: int) -> Sequence[Any]:
     return [take(value, samples) if isinstance(value, Tensor) else value for value in values]
 
 
-def with_halves(values: Sequence[Any]) -> Sequence[Any]:
-    """A batch with as many other samples: of half the value, so that an index stays one."""
-    return [torch.cat([v, v if v.dtype == torch.bool else _half(v)]) if isinstance(v, Tensor) else v for v in values]
+def with_another(values: Sequence[Any]) -> Sequence[Any]:
+    """A batch with as many other samples: of half the value and somewhat more, rounded so that an index stays one."""
+    return [torch.cat([v, _another(v)]) if isinstance(v, Tensor) else v for v in values]
 
 
-def _half(tensor: Tensor) -> Tensor:
-    whole = not (tensor.is_floating_point() or tensor.is_complex())
-    return torch.div(tensor, 2, rounding_mode="floor") if whole else tensor / 2
+def _another(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return (tensor / 2 + 0.25).to(tensor.dtype)
+    return (tensor.long() // 2).to(tensor.dtype)
 
 
 def merged(size: int, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -84,5 +108,5 @@ def merged(size: int, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     whole = rows.new_empty((size, *rows.shape[1:]))
     for places, piece in pieces:
         part = piece if order is None else piece.permute(order)
-        whole.index_copy_(0, places.to(whole.device), part)
+        movable(whole).index_copy_(0, places.to(whole.device), movable(part))
     return in_order(whole, order)

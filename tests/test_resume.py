@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fxfreeze
 from fxfreeze import FreezeScheduler, Milestones
-from fxfreeze.rows import with_halves
+from fxfreeze.rows import with_another
 from fxfreeze.runtime import Segment
 
 # convolutions folded, scaled and shifted, a shape-bound trace, dropout, tuples that cross, a part kept whole
@@ -115,12 +115,12 @@ def test_resuming_before_a_batch_of_one(seed: int, monkeypatch: pytest.MonkeyPat
     assert sizes == [16] * 5
 
 
-def test_another_sample_of_half_the_value() -> None:
+def test_another_sample() -> None:
     """An index stays one, whatever its column."""
     x, mask = torch.tensor([[1, 7, 0]]), torch.tensor([[True, False, True]])
-    given = [x, x.float(), mask, "a setting"]
-    numbers, floats, same, setting = with_halves(given)
-    assert numbers.tolist() == [[1, 7, 0], [0, 3, 0]]
-    assert numbers.dtype == torch.int64
-    assert floats.tolist() == [[1, 7, 0], [0.5, 3.5, 0]]
-    assert (same.tolist(), setting) == ([[True, False, True]] * 2, "a setting")
+    given = [x, x.float(), mask, x.to(torch.uint16), "a setting"]
+    numbers, floats, flags, unsigned, setting = with_another(given)
+    assert numbers.tolist() == unsigned.tolist() == [[1, 7, 0], [0, 3, 0]]
+    assert (numbers.dtype, unsigned.dtype) == (torch.int64, torch.uint16)
+    assert floats.tolist() == [[1, 7, 0], [0.75, 3.75, 0.25]]
+    assert (flags.tolist(), setting) == ([[True, False, True], [False, True, False]], "a setting")

@@ -208,7 +208,7 @@ class Library:
         self._may_begin = False
         identity = self._validity.identity(call, call.chain.depth)
         if identity is None:
-            self._validity.refuse(call)
+            self.say(f"depth {call.chain.depth} is not stored: {self._validity.refuse(call)}")
             return
         served = [s for s in self._sources if s.identity == identity]
         if any(source.store.complete for source in served):

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from fxfreeze.cache.errors import CacheError
 from fxfreeze.cache.shelf import Rows, Source
-from fxfreeze.rows import like
+from fxfreeze.rows import like, movable
 from fxfreeze.stored import Fill, Part
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def joined(size: int, pieces: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> dic
         for name, value in columns.items():
             if isinstance(value, Tensor):
                 target = whole.setdefault(name, value.new_empty((size, *value.shape[1:])))
-                target[places] = value
+                movable(target)[places] = movable(value)
             else:
                 target = whole.setdefault(name, [None] * size)
                 for place, item in zip(places.tolist(), value, strict=True):

@@ -18,7 +18,7 @@ from fxfreeze.cache.served import Called
 from fxfreeze.cache.shelf import Shelf, Source
 from fxfreeze.numerics import switches
 from fxfreeze.rows import like
-from fxfreeze.rowwise import NotRowwise, find_rows
+from fxfreeze.rowwise import NotRowwise, Undecided, find_rows
 from fxfreeze.sizes import dtype_text
 
 if TYPE_CHECKING:
@@ -105,10 +105,12 @@ class Validity:
         prefix = prefix_identity(chain, depth, call.tensors, call.slots, self.model._forward.batch_size, backend)
         return self._shelf.whole({**prefix, "stored as": self.stored_as})
 
-    def refuse(self, call: Called) -> None:
-        """CacheRefusal that says why the chain's boundary has no rows."""
+    def refuse(self, call: Called) -> str:
+        """CacheRefusal that says why the chain's boundary has no rows; or why the data set's samples can't tell."""
         try:
             self._rows(call, call.chain.frontier(call.chain.depth))
+        except Undecided as error:
+            return str(error)
         except NotRowwise as error:
             raise CacheRefusal(
                 f"the frozen part can't be cached: {error}, so a sample has no activations of its own. Freeze to a depth "
