@@ -159,8 +159,9 @@ def _finite(inputs: Sequence[Any]) -> bool:
         return True
     if observed():
         return False
-    numbers = [t for t in inputs if isinstance(t, Tensor) and t.is_floating_point() and t.layout == torch.strided]
-    return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in numbers if not is_transformed(t))
+    tensors = [t for t in inputs if isinstance(t, Tensor) and t.layout == torch.strided and not is_transformed(t)]
+    numbers = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    return all(bool(t.sum(dtype=torch.float32).isfinite()) for t in numbers if t.is_floating_point())
 
 
 def layouts_of(plain: GraphModule, whole: list[nn.Module]) -> Layouts:

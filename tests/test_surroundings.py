@@ -13,10 +13,13 @@ from split_cases import D, Net, conv, image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxfreeze.backends import is_here
 from fxfreeze.building import TRANSFORMED
+from fxfreeze.observers import observed, unobserved
 
 
 def chain() -> Net:
@@ -145,6 +148,64 @@ def test_a_build_is_not_counted() -> None:
             module(images(6))
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == counts[2] > 0
+
+
+class Recorder(TorchFunctionMode):
+    """Counts ReLUs, and may put another function in their place."""
+
+    def __init__(self, instead: Any = None) -> None:
+        super().__init__()
+        self.count, self.instead = 0, instead
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        relu = function is F.relu
+        self.count += relu
+        kwargs = kwargs or {}
+        return self.instead(args[0]) if relu and self.instead is not None else function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("backend", ["plain", "library", "openvino"])
+def test_a_function_mode_follows_calls_and_no_build(backend: str) -> None:
+    if not is_here(backend):
+        pytest.skip(f"{backend} is not installed")
+    net = network().eval()
+    model = frozen_to("blocks.1", copy.deepcopy(net), backend=backend).eval()
+    x, device = images(6), torch.device("cpu")
+    for _ in range(2):
+        with Recorder() as own, device:
+            net(x)
+        with Recorder() as seen, device:
+            model(x)
+        assert seen.count == own.count > 0
+    with Recorder(F.gelu):
+        torch.testing.assert_close(model(x), net(x))
+    torch.testing.assert_close(model(x), net(x))
+    (segment,) = model.prefix.segments
+    assert (segment.reason, segment.runs_by) == (None, backend)
+
+
+def test_a_function_mode_at_the_first_call_spoils_nothing() -> None:
+    net = network().eval()
+    model = frozen_to("blocks.1", copy.deepcopy(net), backend="library").eval()
+    with Recorder(F.gelu):
+        model(images(6))
+    x = images(6)
+    torch.testing.assert_close(model(x), net(x))
+
+
+def test_a_build_is_followed_by_no_mode_and_keeps_the_default_device() -> None:
+    with torch.device("cpu"), Recorder() as seen, torch.device("meta"):
+        with unobserved():
+            assert torch.zeros(1).device.type == "meta"
+            F.relu(torch.ones(1))
+            assert not observed()
+        assert seen.count == 0
+        assert observed()
+        F.relu(torch.ones(1))
+        assert seen.count == 1
+        assert torch.zeros(1).device.type == "meta"
+    assert torch.zeros(1).device.type == "cpu"
+    assert not observed()
 
 
 def test_vmap_over_two_inputs() -> None:
