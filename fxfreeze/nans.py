@@ -31,11 +31,12 @@ _THROUGH = _words(
 )
 # Those that may make a number of it, and make none either.
 _SAFE = _THROUGH | _words(
-    "relu relu6 hardtanh hardsigmoid hardswish leakyrelu prelu rrelu elu selu celu threshold hardshrink softshrink tanhshrink "
-    "glu clamp clip clampmin clampmax maximum minimum max min amax amin aminmax maxpool adaptivemaxpool abs sign floor ceil "
-    "round trunc where maskedfill tril triu eq ne lt le gt ge logicaland logicalor logicalnot argmax argmin isnan isinf "
-    "isfinite zeroslike oneslike fulllike newzeros newones newfull zeros ones full arange size dim numel nelement setitem "
-    "copy zero fill cumsum normalize cosinesimilarity scaleddotproductattention multiheadattention multiheadattentionforward"
+    "relu relu6 hardtanh hardsigmoid hardswish leakyrelu prelu rrelu elu selu celu threshold hardshrink softshrink "
+    "tanhshrink glu clamp clip clampmin clampmax maximum minimum max min amax amin aminmax maxpool adaptivemaxpool abs "
+    "sign floor ceil round trunc where maskedfill tril triu eq ne lt le gt ge logicaland logicalor logicalnot argmax "
+    "argmin isnan isinf isfinite zeroslike oneslike fulllike emptylike newzeros newones newfull newempty zeros ones full "
+    "empty arange size dim numel nelement setitem copy zero fill cumsum normalize cosinesimilarity "
+    "scaleddotproductattention multiheadattention multiheadattentionforward"
 )
 _ATTENTION = _words("scaleddotproductattention multiheadattention multiheadattentionforward")
 _DIVIDING = _words("div divide truedivide truediv itruediv floordivide floordiv ifloordiv")
@@ -116,6 +117,7 @@ def _writes(node: Node) -> bool:
         or name == "setitem"
         or (name in vars(operator) and name.startswith("i"))
         or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
     )
 
 

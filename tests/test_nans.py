@@ -48,6 +48,12 @@ def aliased(y: Tensor, net: "Net") -> Tensor:
     return net.relu(y)
 
 
+def given_out(y: Tensor, net: "Net") -> Tensor:
+    z = torch.empty_like(y)
+    torch.log(y, out=z)
+    return net.relu(z)
+
+
 def masked(x: Tensor, net: "Net") -> Tensor:
     x = x.clone()
     x[x > 9] = -math.inf
@@ -70,6 +76,7 @@ MADE: dict[str, Forward] = {
     "attention by name": lambda net, x: net.relu(net.conv(F.scaled_dot_product_attention(x, x, x, attn_mask=x > 0))),
     "written in place": lambda net, x: written(net.conv(x), net),
     "written elsewhere": lambda net, x: aliased(net.conv(x), net),
+    "given out": lambda net, x: given_out(net.conv(x), net),
     "set": lambda net, x: masked(x, net),
     "buffer": lambda net, x: net.relu(net.conv(torch.where(x > 9, net.lowest, x).softmax(-1))),
     "special": lambda net, x: net.relu(net.conv(torch.special.log1p(x))),

@@ -22,6 +22,7 @@ from random_nets import networks
 from torch import Tensor, nn
 
 from fxfreeze.fidelity import BOUNDS, relative_error
+from fxfreeze.nans import swallowed_nan
 
 Check = Callable[[nn.Module, Counter[str]], None]
 
@@ -130,10 +131,15 @@ def check_rewritten(backend: str, net: nn.Module, seen: Counter[str]) -> None:
     model = freezable(copy.deepcopy(net), backend=backend).eval()
     for depth in range(1, len(model.units)):
         model.freeze(depth)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* might make a number of a NaN, which ")
             ours, theirs = (pytree.tree_leaves(run(x.clone())) for run in (model, copy.deepcopy(net)))
         assert all(relative_error(a, b) <= BOUNDS[torch.float32] for a, b in zip(ours, theirs, strict=True))
-        assert [(s.backend, s.reason) for s in model.prefix.segments] == [(backend, None)]
+        (segment,) = model.prefix.segments
+        unfused = backend == "library" and segment.backend == "plain" and swallowed_nan(segment.plain) is not None
+        assert unfused or segment.backend == backend
+        assert segment.reason is None
+        seen["unfused"] += unfused
         seen["compared"] += 1
 
 
@@ -148,4 +154,5 @@ def test_some_rewritten_networks(backend: str) -> None:
 def test_many_rewritten_networks(backend: str) -> None:
     seen = run(400, partial(check_rewritten, backend), torch.float32)
     assert seen["networks"] >= 400
+    assert seen["unfused"] < seen["compared"] / 4
     assert seen["compared"] > seen["networks"]
