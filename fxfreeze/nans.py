@@ -35,7 +35,7 @@ _SAFE = _THROUGH | _words(
     "tanhshrink glu clamp clip clampmin clampmax maximum minimum max min amax amin aminmax maxpool adaptivemaxpool abs "
     "sign floor ceil round trunc where maskedfill tril triu eq ne lt le gt ge logicaland logicalor logicalnot argmax "
     "argmin isnan isinf isfinite zeroslike oneslike fulllike emptylike newzeros newones newfull newempty zeros ones full "
-    "empty arange size dim numel nelement setitem copy zero fill cumsum normalize cosinesimilarity "
+    "empty arange setitem copy zero fill cumsum normalize cosinesimilarity "
     "scaleddotproductattention multiheadattention multiheadattentionforward"
 )
 _ATTENTION = _words("scaleddotproductattention multiheadattention multiheadattentionforward")

@@ -97,8 +97,10 @@ def with_another(values: Sequence[Any]) -> Sequence[Any]:
 def _another(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool:
         return ~tensor
-    if tensor.is_floating_point() or tensor.is_complex():
-        return (tensor / 2 + 0.25).to(tensor.dtype)
+    if tensor.is_complex():
+        return tensor / 2 + 0.25
+    if tensor.is_floating_point():
+        return (tensor.double() / 2 + 0.25).to(tensor.dtype)  # float8 has no division
     return (tensor.long() // 2).to(tensor.dtype)
 
 

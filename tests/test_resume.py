@@ -118,8 +118,10 @@ def test_resuming_before_a_batch_of_one(seed: int, monkeypatch: pytest.MonkeyPat
 def test_another_sample() -> None:
     """An index stays one, whatever its column."""
     x, mask = torch.tensor([[1, 7, 0]]), torch.tensor([[True, False, True]])
-    given = [x, x.float(), mask, x.to(torch.uint16), "a setting"]
-    numbers, floats, flags, unsigned, setting = with_another(given)
+    given = [x, x.float(), mask, x.to(torch.uint16), x.to(torch.float8_e5m2), x.to(torch.complex64), "a setting"]
+    numbers, floats, flags, unsigned, small, complexes, setting = with_another(given)
+    assert small.float().tolist() == [[1, 7, 0], [0.75, 4, 0.25]]  # two bits after the first
+    assert torch.equal(complexes, floats.to(torch.complex64))
     assert numbers.tolist() == unsigned.tolist() == [[1, 7, 0], [0, 3, 0]]
     assert (numbers.dtype, unsigned.dtype) == (torch.int64, torch.uint16)
     assert floats.tolist() == [[1, 7, 0], [0.75, 3.75, 0.25]]
